@@ -1,0 +1,14 @@
+"""Fused losses and compositing for training neural fields, as drop-in torch ops."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .backend import BackendError, backends, debug, last_backend, use_backend
+from .ops import *  # noqa: F403
+from .ops import __all__ as _ops
+
+try:
+    __version__ = version("rayfuse")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+source"
+
+__all__ = ["BackendError", "backends", "debug", "last_backend", "use_backend", *_ops]

@@ -1,0 +1,255 @@
+"""Which code runs an op: the backends, why one cannot run, and how to force one.
+
+A backend is found by name alone: the libraries register `torch.ops.rayfuse_<backend>.<op>[_bwd]`
+(one namespace per instruction set on the CPU), the Triton kernels are modules of the op's stem,
+and the reference is the op's own Python function.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY_FOLDER = Path(__file__).parent / "lib"
+# worst to best, with torch's name for the least processor that runs it
+ISAS = {"baseline": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
+_CAPABILITIES = [*ISAS.values()]
+_ORDER = {"cpu": ("cpu", "ref"), "cuda": ("cuda", "triton", "ref"), "xpu": ("triton", "ref")}
+NAMES = ("ref", "cpu", "cuda", "triton")
+
+Kernel = Callable[..., Any]
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run."""
+
+
+@functools.cache
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this build holds and this processor runs, worst to best."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    # other processors than x86 have names of their own, and the baseline library alone
+    best = _CAPABILITIES.index(capability) if capability in _CAPABILITIES else 0
+    usable = [isa for isa, needs in ISAS.items() if _CAPABILITIES.index(needs) <= best]
+    return tuple(isa for isa in usable if library_path("cpu", isa).exists())
+
+
+def library_path(backend: str, isa: str | None = None) -> Path:
+    """Where the library of a backend lies, whether or not it is there."""
+    return LIBRARY_FOLDER / f"librayfuse_{backend}{'.' + isa if isa else ''}.so"
+
+
+def isa() -> str | None:
+    """The instruction set that backend `cpu` uses: `RAYFUSE_ISA`, else the best one."""
+    return os.environ.get("RAYFUSE_ISA") or (isas()[-1] if isas() else None)
+
+
+@functools.cache
+def reason(name: str) -> str | None:
+    """Why backend `name` cannot run here, or None if it can."""
+    backend, _, forced_isa = name.partition(".")
+    if backend == "cpu":
+        return _cpu_reason(forced_isa or isa())
+    if backend == "cuda":
+        return _cuda_reason()
+    if backend == "triton":
+        return _triton_reason()
+    return None
+
+
+def _cpu_reason(wanted: str | None) -> str | None:
+    if wanted is None:
+        return f"no library in {LIBRARY_FOLDER}: rayfuse was installed without a C++ compiler"
+    if wanted not in isas():
+        have = ", ".join(isas()) or "none"
+        return f"instruction set {wanted!r} is not in this build or processor (usable: {have})"
+    try:
+        torch.ops.load_library(library_path("cpu", wanted))
+    except OSError as error:
+        return f"{library_path('cpu', wanted).name} does not load: {error}"
+    return None
+
+
+def _cuda_reason() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    if not library_path("cuda").exists():
+        return f"{library_path('cuda').name} is not in this build"
+    return None
+
+
+def _triton_reason() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        return "torch sees no GPU"
+    return None
+
+
+def backends() -> dict[str, str]:
+    """Every backend of rayfuse, and `"available"` or the reason why it is not.
+
+    Example:
+        >>> rayfuse.backends()["ref"]
+        'available'
+    """
+    return {name: reason(name) or "available" for name in NAMES}
+
+
+def _valid(name: str | None, source: str) -> str | None:
+    known = (*NAMES, *(f"cpu.{isa}" for isa in ISAS))
+    if name is not None and name not in known:
+        raise ValueError(f"{source} must be one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+class _Local(threading.local):
+    forced: str | None = _valid(os.environ.get("RAYFUSE_BACKEND") or None, "RAYFUSE_BACKEND")
+    last: str | None = None
+
+
+_local = _Local()
+
+
+class use_backend:
+    """Force a backend in this thread, for good or, used with `with`, for a block.
+
+    Args:
+        name: `"ref"`, `"cpu"`, `"cuda"`, `"triton"`; `"cpu.baseline"`, `"cpu.avx2"` or
+            `"cpu.avx512"` for one instruction set; None for the default order.
+
+    Raises:
+        ValueError: for an unknown name. A known backend that cannot run raises when an op is
+            called; it never falls through to another.
+
+    Example:
+        >>> with rayfuse.use_backend("ref"):
+        ...     loss = rayfuse.distortion_loss(torch.tensor([0.0, 0.5, 1.0]), torch.ones(2))
+        >>> rayfuse.last_backend()
+        'ref'
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._before = _local.forced
+        _local.forced = _valid(name, "use_backend: name")
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None:
+        _local.forced = self._before
+
+
+def forced() -> str | None:
+    """The backend forced in this thread, or None."""
+    return _local.forced
+
+
+def last_backend() -> str | None:
+    """The backend that ran the last op of this thread, or None before the first."""
+    return _local.last
+
+
+def ran(name: str) -> None:
+    """Note for `last_backend` which backend runs."""
+    _local.last = name
+
+
+class Kernels:
+    """An op's kernels on every backend, looked up once per (forced backend, device)."""
+
+    def __init__(self, op: str, reference: Kernel, reference_bwd: Kernel) -> None:
+        self.op = op
+        self._reference = (reference, reference_bwd)
+        self._chosen: dict[tuple[str | None, str], tuple[str, Kernel, Kernel]] = {}
+
+    def choose(self, device: str, name: str | None = None) -> tuple[str, Kernel, Kernel]:
+        """(backend, forward, backward) for tensors on a device type.
+
+        Raises:
+            BackendError: if `name`, or the backend forced in this thread, cannot run.
+        """
+        name = name or _local.forced
+        try:
+            return self._chosen[name, device]
+        except KeyError:
+            return self._chosen.setdefault((name, device), self._find(device, name))
+
+    def available(self, device: str) -> list[str]:
+        """The backends that can run this op on a device type, best first."""
+        return [b for b in _ORDER.get(device, ("ref",)) if self._missing(b, device) is None]
+
+    def _find(self, device: str, name: str | None) -> tuple[str, Kernel, Kernel]:
+        available = self.available(device)
+        name = name or available[0]
+        missing = self._missing(name, device)
+        if missing:
+            raise BackendError(
+                f"{self.op}: backend {name!r} is not available on {device}: {missing};"
+                f" available: {', '.join(available)}"
+            )
+        return name, *self._load(name)
+
+    def _missing(self, name: str, device: str) -> str | None:
+        if name.partition(".")[0] not in _ORDER.get(device, ("ref",)):
+            return f"it does not run on {device} tensors"
+        return reason(name) or (None if self._load(name) else "it has no kernel for this op")
+
+    def _load(self, name: str) -> tuple[Kernel, Kernel] | tuple[()]:
+        if name == "ref":
+            return self._reference
+        if name == "triton":
+            module = f"rayfuse.triton_kernels.{self.op}"
+            if importlib.util.find_spec(module) is None:
+                return ()
+            kernels = importlib.import_module(module)
+            return kernels.fwd, kernels.bwd
+        namespace = getattr(torch.ops, library_namespace(name))
+        try:
+            return getattr(namespace, self.op).default, getattr(namespace, f"{self.op}_bwd").default
+        except AttributeError:
+            return ()
+
+
+def library_namespace(name: str) -> str:
+    """The torch.ops namespace of a library: `cpu` is the one of its instruction set."""
+    return "rayfuse_" + (f"cpu_{isa()}" if name == "cpu" else name.replace(".", "_"))
+
+
+_debug = os.environ.get("RAYFUSE_DEBUG", "") not in ("", "0")
+
+
+def debugging() -> bool:
+    """Whether ops check the values of their arguments."""
+    return _debug
+
+
+@contextmanager
+def debug(on: bool = True) -> Iterator[None]:
+    """Check the values of every argument (sortedness, sign, finiteness) inside a `with` block.
+
+    This reads tensors back from the device, so it is off by default; `RAYFUSE_DEBUG=1` turns it
+    on for the whole process.
+
+    Example:
+        >>> with rayfuse.debug():
+        ...     rayfuse.distortion_loss(torch.tensor([0.0, 1.0, 0.5]), torch.ones(2))
+        Traceback (most recent call last):
+            ...
+        ValueError: distortion_loss: t must be finite and not decrease along the last dimension, \
+got 0.5 at [2]
+    """
+    global _debug
+    before, _debug = _debug, on
+    try:
+        yield
+    finally:
+        _debug = before

@@ -1,0 +1,98 @@
+"""The dims string of an op: `t[..., S+1] w[..., S] -> loss[...]`.
+
+`...` stands for any number of leading dimensions, shared by all arguments; a capital letter is a
+size, found where it first occurs; a number is itself.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_ARRAY = re.compile(r"(\w+)\[([^\]]*)\]")
+_DIM = re.compile(r"(?:([A-Z])([+-]\d+)?|(\d+))")
+
+
+@dataclass(frozen=True)
+class Array:
+    """One named array: its trailing dims as (letter, offset) or (None, size)."""
+
+    name: str
+    text: str
+    leading: bool
+    dims: tuple[tuple[str | None, int], ...]
+
+    def shape(self, leading: tuple[int, ...], sizes: dict[str, int]) -> tuple[int, ...]:
+        trailing = (offset + (sizes[letter] if letter else 0) for letter, offset in self.dims)
+        return (*(leading if self.leading else ()), *trailing)
+
+
+class ShapeError(ValueError):
+    """Carries what an array must look like and what it looks like."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Signature:
+        """Parse a dims string; raises ValueError where it breaks the grammar."""
+        sides = text.split("->")
+        if len(sides) != 2:
+            raise ValueError(f"dims must read 'inputs -> outputs', got {text!r}")
+        return cls(*(tuple(map(_array, _ARRAY.finditer(side))) for side in sides))
+
+    def bind(self, shapes: list[tuple[int, ...]]) -> tuple[tuple[int, ...], dict[str, int]]:
+        """The leading shape and the sizes that input shapes imply; raises ShapeError."""
+        leading: tuple[int, ...] | None = None
+        sizes: dict[str, int] = {}
+        for array, shape in zip(self.inputs, shapes, strict=True):
+            split = len(shape) - len(array.dims)
+            if split < 0 or (split and not array.leading):
+                raise ShapeError(self._must(array, leading, sizes, shape))
+            if array.leading:
+                if leading is None:
+                    leading = tuple(shape[:split])
+                elif leading != tuple(shape[:split]):
+                    raise ShapeError(self._must(array, leading, sizes, shape))
+            for (letter, offset), size in zip(array.dims, shape[split:], strict=True):
+                if letter is None:
+                    fits = size == offset
+                else:
+                    fits = sizes.setdefault(letter, size - offset) == size - offset >= 0
+                if not fits:
+                    raise ShapeError(self._must(array, leading, sizes, shape))
+        return leading or (), sizes
+
+    def _must(
+        self,
+        array: Array,
+        leading: tuple[int, ...] | None,
+        sizes: dict[str, int],
+        shape: tuple[int, ...],
+    ) -> str:
+        first = self.inputs[0]
+        if array is first:
+            known = "".join(f", {k} >= {max(0, -o)}" for k, o in array.dims if k)
+            known = known and " with" + known[1:]
+        else:
+            parts = [f"...={list(leading)}"] if array.leading and leading is not None else []
+            parts += [f"{k}={sizes[k]}" for k, _ in array.dims if k and k in sizes]
+            known = f" with {', '.join(parts)} (from {first.name})"
+        return f"{array.name} must have shape [{array.text}]{known}, got {list(shape)}"
+
+
+def _array(match: re.Match[str]) -> Array:
+    name, text = match.groups()
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    leading = parts[:1] == ["..."]
+    dims = []
+    for part in parts[leading:]:
+        found = _DIM.fullmatch(part)
+        if found is None:
+            raise ValueError(f"{name}: a dim must be a capital, a capital +- n or n, got {part!r}")
+        letter, offset, number = found.groups()
+        dims.append((letter, int(offset or 0)) if letter else (None, int(number)))
+    return Array(name, ", ".join(parts), leading, tuple(dims))

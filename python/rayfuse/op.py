@@ -1,0 +1,395 @@
+"""The engine: from one spec on a reference function to a differentiable, traceable torch op.
+
+    @op("t[..., S+1] w[..., S] -> loss[...]", domain=dict(t=increasing, w=nonnegative))
+    def distortion_loss(t, w): ...
+
+From that come the schemas `rayfuse::distortion_loss` and `rayfuse::distortion_loss_bwd`, the checks
+and their messages, the fake kernels, the batching rules, the choice of backend, the autograd
+Function, the reduction, and the samples of tests and benches.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend, dims
+from .domain import Domain, real
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+_GRADIENT_PREFIX = "d_"
+_REDUCTION_DOC = """
+Keyword Args:
+    reduction: `"mean"` over all rays (default), `"sum"`, or `"none"` for one value per ray.
+    denominator: what `"mean"` divides the sum by instead of the number of rays, a number or a
+        0-d tensor, so that micro-batches add up to the full batch. No gradient flows to it.
+"""
+
+
+def op(dims_text: str, domain: dict[str, Domain] | None = None) -> Callable[[Callable], Any]:
+    """Make a differentiable op of a plain PyTorch reference.
+
+    Args:
+        dims_text: the shapes of inputs and outputs (module `dims`). An output called `loss` gets
+            `reduction=` and `denominator=`.
+        domain: the values that inputs must hold; finite ones where it is silent.
+
+    Returns:
+        a decorator; the decorated function is public, and carries the op as `.op` and its autograd
+        Function as `.Function`.
+    """
+
+    def decorate(reference: Callable) -> Any:
+        return Op(reference, dims.Signature.parse(dims_text), domain or {}).public()
+
+    return decorate
+
+
+class Op:
+    """All that is derived from one spec."""
+
+    def __init__(
+        self, reference: Callable, signature: dims.Signature, domain: dict[str, Domain]
+    ) -> None:
+        self.reference = reference
+        self.name = reference.__name__
+        self.signature = signature
+        self.inputs = [array.name for array in signature.inputs]
+        self.domain = {name: domain.get(name, real) for name in self.inputs}
+        self.is_loss = [array.name for array in signature.outputs] == ["loss"]
+        self.kernels = backend.Kernels(self.name, self._reference_fwd, self._reference_bwd)
+        self._libraries = [
+            self._register(namespace)
+            for namespace in (
+                "rayfuse",
+                *(backend.library_namespace(f"cpu.{isa}") for isa in backend.ISAS),
+            )
+        ]
+        self.Function = _autograd_function(self.name)
+        _OPS[self.name] = self
+
+    # ---- the public function
+
+    def public(self) -> Callable:
+        """The function that users call: checks, then the autograd Function."""
+        function, check, names = self.Function, self.check, self.inputs
+        self._parameters = inspect.signature(self.reference).parameters
+        arity = len(names)
+
+        if self.is_loss:
+
+            def call(
+                *args: Tensor,
+                reduction: str = "mean",
+                denominator: float | Tensor | None = None,
+                **named: Tensor,
+            ) -> Tensor:
+                if named or len(args) != arity:
+                    args = self._positional(args, named)
+                check(args)
+                if reduction != "mean":
+                    if reduction not in ("sum", "none"):
+                        raise ValueError(
+                            f"{self.name}: reduction must be 'mean', 'sum' or 'none',"
+                            f" got {reduction!r}"
+                        )
+                    if denominator is not None:
+                        raise ValueError(
+                            f"{self.name}: denominator must come with reduction='mean',"
+                            f" got reduction={reduction!r}"
+                        )
+                return function.apply(reduction, denominator, *args)
+        else:
+
+            def call(*args: Tensor, **named: Tensor) -> Any:
+                if named or len(args) != arity:
+                    args = self._positional(args, named)
+                check(args)
+                return function.apply(None, None, *args)
+
+        functools.update_wrapper(call, self.reference)
+        parameters = [*self._parameters.values()]
+        if self.is_loss:
+            keyword_only = inspect.Parameter.KEYWORD_ONLY
+            parameters += [
+                inspect.Parameter("reduction", keyword_only, default="mean"),
+                inspect.Parameter("denominator", keyword_only, default=None),
+            ]
+            head, args, tail = (inspect.getdoc(self.reference) or "").partition("\n\nReturns:")
+            call.__doc__ = head + "\n" + _REDUCTION_DOC.rstrip() + args + tail
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.op, call.Function = self, function  # type: ignore[attr-defined]
+        return call
+
+    def _positional(self, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        try:
+            bound = inspect.Signature([*self._parameters.values()]).bind(*args, **named)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}") from None
+        return bound.args
+
+    # ---- checks
+
+    def check(self, args: Sequence[Tensor]) -> None:
+        """Raise ValueError or TypeError, in one wording, unless the arguments fit the spec."""
+        first = args[0]
+        for name, arg in zip(self.inputs, args, strict=True):
+            if not isinstance(arg, Tensor):
+                self._fail(TypeError, name, "be a tensor", type(arg).__name__)
+            if arg.dtype is not first.dtype:
+                rule = f"be {_plain(first.dtype)} like {self.inputs[0]}"
+                self._fail(TypeError, name, rule, _plain(arg.dtype))
+            if arg.device != first.device:
+                self._fail(ValueError, name, f"be on {first.device} like t", arg.device)
+        if first.dtype not in FLOATS:
+            rule = "be " + ", ".join(map(_plain, FLOATS[:-1])) + f" or {_plain(FLOATS[-1])}"
+            self._fail(TypeError, self.inputs[0], rule, _plain(first.dtype))
+        try:
+            self.signature.bind([arg.shape for arg in args])
+        except dims.ShapeError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        if backend.debugging():
+            self._check_values(args)
+
+    def _check_values(self, args: Sequence[Tensor]) -> None:
+        for name, arg in zip(self.inputs, args, strict=True):
+            domain = self.domain[name]
+            wrong = domain.holds(arg.detach()).logical_not().nonzero()
+            if len(wrong):
+                at = wrong[0].tolist()
+                # a difference is one shorter than the values: the later of the two is named
+                at[-1] += arg.shape[-1] - domain.holds(arg.detach()).shape[-1]
+                self._fail(ValueError, name, domain.rule, f"{arg[tuple(at)].item():g} at {at}")
+
+    def _fail(self, error: type[Exception], name: str, rule: str, got: object) -> None:
+        raise error(f"{self.name}: {name} must {rule}, got {got}")
+
+    # ---- the reference as a backend
+
+    def _reference_fwd(self, *args: Tensor) -> Any:
+        return self.reference(*map(_accumulated, args))
+
+    def _reference_bwd(self, *args: Any) -> tuple[Tensor, ...]:
+        d_outputs, inputs, needs = self._split_bwd(args)
+        wide = [_accumulated(x.detach()).requires_grad_() for x in inputs]
+        # below the dispatcher autograd's keys are excluded, and a reference is differentiated there
+        below = torch._C._SetExcludeDispatchKeyGuard
+        with below(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+            outputs = self.reference(*wide)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            grads = torch.autograd.grad(outputs, wide, d_outputs)
+        return tuple(
+            grad.to(x.dtype) if needs >> i & 1 else x.new_empty(0)
+            for i, (x, grad) in enumerate(zip(inputs, grads, strict=True))
+        )
+
+    def _split_bwd(self, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor], int]:
+        outputs = len(self.signature.outputs)
+        return [*args[:outputs]], [*args[outputs:-1]], args[-1]
+
+    # ---- torch.ops
+
+    def _register(self, namespace: str) -> torch.library.Library:
+        """Define both ops in a namespace; `rayfuse` itself dispatches, the others are libraries."""
+        library = torch.library.Library(namespace, "FRAGMENT")
+        inputs = [f"Tensor {name}" for name in self.inputs]
+        outputs = [array.name for array in self.signature.outputs]
+        d_outputs = [f"Tensor {_GRADIENT_PREFIX}{name}" for name in outputs]
+        directions = {
+            self.name: (inputs, len(outputs), self._fake_fwd, self.run_fwd),
+            f"{self.name}_bwd": (
+                [*d_outputs, *inputs, "int needs"],
+                len(inputs),
+                self._fake_bwd,
+                self.run_bwd,
+            ),
+        }
+        for name, (parameters, results, fake, run) in directions.items():
+            returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+            library.define(f"{name}({', '.join(parameters)}) -> {returns}")
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            if namespace == "rayfuse":
+                library.impl(name, run, "CompositeExplicitAutograd")
+                batched = functools.partial(self._batched, name)
+                torch.library.register_vmap(f"{namespace}::{name}", batched, lib=library)
+        return library
+
+    def run_fwd(self, *inputs: Tensor) -> Any:
+        """The raw forward on the backend that is chosen for these tensors."""
+        name, fwd, _ = self.kernels.choose(inputs[0].device.type)
+        backend.ran(name)
+        return fwd(*[x.contiguous() for x in inputs])
+
+    def run_bwd(self, *args: Any, name: str | None = None) -> tuple[Tensor, ...]:
+        """The raw backward: gradients of all inputs, empty where `needs` has no bit."""
+        *tensors, needs = args
+        name, _, bwd = self.kernels.choose(tensors[0].device.type, name)
+        backend.ran(name)
+        grads = bwd(*[x.contiguous() for x in tensors], needs)
+        return (grads,) if isinstance(grads, Tensor) else grads
+
+    def _fake_fwd(self, *inputs: Tensor) -> Any:
+        leading, sizes = self.signature.bind([x.shape for x in inputs])
+        dtype = _accumulator(inputs[0].dtype)
+        outputs = [
+            inputs[0].new_empty(array.shape(leading, sizes), dtype=dtype)
+            for array in self.signature.outputs
+        ]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _fake_bwd(self, *args: Any) -> Any:
+        _, inputs, needs = self._split_bwd(args)
+        grads = [x.new_empty(x.shape if needs >> i & 1 else (0,)) for i, x in enumerate(inputs)]
+        return grads[0] if len(grads) == 1 else tuple(grads)
+
+    def _batched(self, name: str, info: Any, in_dims: Any, *args: Any) -> Any:
+        """vmap of a raw op."""
+        out = getattr(torch.ops.rayfuse, name)(*_batch_first(info, in_dims, args))
+        # gradients that are not needed are empty, and have no batch dimension
+        if isinstance(out, Tensor):
+            return out, 0
+        return out, tuple(None if x.shape == (0,) else 0 for x in out)
+
+    # ---- autograd
+
+    def leading(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
+        """The leading dimensions: one loss each."""
+        return self.signature.bind([x.shape for x in inputs])[0]
+
+    def differentiable_bwd(
+        self, d_outputs: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients as a graph, for a second derivative, through the reference."""
+        outputs = self._reference_fwd(*inputs)
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        grads = iter(torch.autograd.grad(outputs, wanted, d_outputs, create_graph=True))
+        return [next(grads) if need else None for need in needs]
+
+    # ---- samples
+
+    def sample(
+        self,
+        leading: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        **sizes: int,
+    ) -> list[Tensor]:
+        """Random inputs in their domains, with these leading dimensions and sizes."""
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.float64 if dtype == torch.float64 else torch.float32
+        return [
+            self.domain[array.name]
+            .from_uniform(
+                torch.rand(array.shape(leading, sizes), generator=generator, dtype=uniform)
+            )
+            .to(dtype)
+            for array in self.signature.inputs
+        ]
+
+
+# Functions find their op here by name: a compiler can trace a global, not an object in a closure
+_OPS: dict[str, Op] = {}
+
+
+def _autograd_function(name: str) -> type[torch.autograd.Function]:
+    """The autograd Function of an op: (reduction, denominator, *inputs) -> outputs."""
+    raw = getattr(torch.ops.rayfuse, name).default
+    raw_bwd = getattr(torch.ops.rayfuse, f"{name}_bwd").default
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(reduction: str | None, denominator: Any, *inputs: Tensor) -> Any:
+            # torch.ops is what a compiler can trace; calling past it saves its overhead
+            out = (raw if torch.compiler.is_compiling() else _OPS[name].run_fwd)(*inputs)
+            if reduction not in ("mean", "sum"):
+                return out
+            total = _sum(out)
+            return total if reduction == "sum" else total / _count(out.shape, denominator)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.reduction, ctx.denominator, *tensors = inputs
+            ctx.save_for_backward(*tensors)
+            ctx.backend = None if torch.compiler.is_compiling() else backend.last_backend()
+
+        @staticmethod
+        def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+            inputs = ctx.saved_tensors
+            needs = ctx.needs_input_grad[2:]
+            if ctx.reduction in ("mean", "sum"):
+                leading = _OPS[name].leading(inputs)
+                d_loss = d_outputs[0]
+                if ctx.reduction == "mean":
+                    d_loss = d_loss / _count(leading, ctx.denominator)
+                d_outputs = (d_loss.expand(leading),)
+            mask = sum(int(need) << i for i, need in enumerate(needs))
+            if torch.compiler.is_compiling():
+                grads = raw_bwd(*d_outputs, *inputs, mask)
+            elif torch.is_grad_enabled():
+                grads = _OPS[name].differentiable_bwd(d_outputs, inputs, needs)
+            else:
+                grads = _OPS[name].run_bwd(*d_outputs, *inputs, mask, name=ctx.backend)
+            return None, None, *(g if need else None for g, need in zip(grads, needs, strict=True))
+
+        @staticmethod
+        def vmap(
+            info: Any, in_dims: Any, reduction: str | None, denominator: Any, *inputs: Tensor
+        ) -> Any:
+            inputs = _batch_first(info, in_dims[2:], inputs)
+            if reduction not in ("mean", "sum"):
+                out = Function.apply(reduction, None, *inputs)
+                return out, torch.utils._pytree.tree_map(lambda _: 0, out)
+            loss = Function.apply("none", None, *inputs).unsqueeze(-1).flatten(1)
+            total = loss.sum(1)
+            count = _count(_OPS[name].leading(inputs)[1:], denominator)
+            return total if reduction == "sum" else total / count, 0
+
+    Function.__name__ = Function.__qualname__ = f"{name}.Function"
+    return Function
+
+
+def _batch_first(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, ...]:
+    """A batch dimension is one more leading dimension."""
+
+    def to_front(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    return tuple(map(to_front, args, in_dims))
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in HALVES else dtype
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    return x.to(_accumulator(x.dtype))
+
+
+# torch adds up fewer values than this on one thread, whatever the number of threads
+_SERIAL_SUM = 1 << 14
+
+
+def _sum(loss: Tensor) -> Tensor:
+    """The sum over all rays, the same to the bit for any number of threads."""
+    if loss.device.type != "cpu" or loss.numel() <= _SERIAL_SUM:
+        return loss.sum()
+    return torch.stack([part.sum() for part in loss.flatten().split(_SERIAL_SUM)]).sum()
+
+
+def _count(rays: Sequence[int], denominator: float | Tensor | None) -> float | Tensor:
+    """What a mean divides by: no rays give the exact 0 of an empty sum, not 0 / 0."""
+    return max(1, math.prod(rays)) if denominator is None else denominator
