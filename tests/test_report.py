@@ -344,8 +344,8 @@ def test_a_resumed_run_keeps_the_steps_that_count(run_dir):
 
 def test_lines_cut_short_are_counted(run_dir):
     with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write('[1]\n{"seconds": 1}\n{"step": 99')
-    assert page_of(run_dir).says("metrics.jsonl: 3 lines could not be read, left out.")
+        file.write('[1]\n{"seconds": 1}\n{"step": "4000"}\n{"step": "last"}\n{"step": 99')
+    assert page_of(run_dir).says("metrics.jsonl: 4 lines could not be read, left out.")
 
 
 def test_a_plot_that_fails_leaves_the_rest(run_dir, monkeypatch):

@@ -137,6 +137,7 @@ class _Log:
             notes.append(f"{path.name} is missing: there are no curves.")
             return cls()
         log, broken = cls(), 0
+        steps: list[float] = []
         seconds: list[float] = []
         before = 0.0
         for line in filter(str.strip, lines):
@@ -147,9 +148,9 @@ class _Log:
                 broken += 1
                 continue
             rewound = False
-            while log.records and log.records[-1]["step"] >= step:
-                log.records.pop()
-                seconds.pop()
+            while steps and steps[-1] >= step:
+                for column in (log.records, steps, seconds):
+                    column.pop()
                 rewound = True
             # a clock that starts again goes on from the last kept step
             restarted = bool(seconds) and before + at < seconds[-1]
@@ -158,13 +159,13 @@ class _Log:
             if rewound or restarted:
                 log.resumed.append(step)
             log.records.append(record)
+            steps.append(step)
             seconds.append(before + at)
         if broken:
             notes.append(f"{path.name}: {_count(broken, 'line')} could not be read, left out.")
         if not log.records:
             notes.append(f"{path.name} holds no step: there are no curves.")
-        log.step = np.array([float(record["step"]) for record in log.records])
-        log.seconds = np.array(seconds, dtype=float)
+        log.step, log.seconds = np.array(steps), np.array(seconds)
         return log
 
     def names(self, group: str) -> list[str]:
@@ -176,8 +177,8 @@ class _Log:
     def gaps(self, group: str, name: str) -> list[float]:
         """Steps at which the value was logged and was not finite."""
         return [
-            r["step"]
-            for r in self.records
+            step
+            for step, r in zip(self.step, self.records, strict=True)
             if name in (r.get(group) or {}) and not math.isfinite(_number(r[group][name]))
         ]
 
@@ -196,7 +197,7 @@ def _headline(evaluation: dict, profile: dict, log: _Log) -> dict:
     tiles = []
     if evaluation:
         against = ""
-        if baseline:
+        if math.isfinite(gain):
             sign = "above" if gain >= 0 else "below"
             against = f"{_fixed(abs(gain))} dB {sign} the baseline"
         tiles.append(("PSNR, held out", _fixed(psnr), "dB", against))
