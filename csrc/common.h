@@ -1,0 +1,70 @@
+// What every registration needs of torch, through its stable C interface alone: allocation, the
+// choice of element type, the thread pool. Kernels do not include this file.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+namespace rayfuse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool is_half(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
+}
+
+// An uninitialised contiguous tensor on the device of `like`. Straight to the allocator: the
+// dispatcher costs several times as much.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
+    strides[i] = stride;
+  }
+  int32_t device_type;
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                                                         dtype, device_type,
+                                                         like.get_device_index(), &out));
+  return Tensor(out);
+}
+
+inline int32_t dtype_of(const Tensor& x) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+// The dtype that sums of x, and losses, have.
+inline int32_t accumulator_dtype(const Tensor& x) {
+  return is_half(x) ? aoti_torch_dtype_float32() : dtype_of(x);
+}
+
+// The gradient of x, uninitialised, or an empty tensor where bit `i` of `needs` is not set.
+inline Tensor empty_gradient(const Tensor& x, int64_t needs, int i) {
+  const auto sizes = x.sizes();
+  return needs >> i & 1 ? empty(x, {sizes.begin(), sizes.end()}, dtype_of(x))
+                        : empty(x, {0}, dtype_of(x));
+}
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+// Null for an empty tensor.
+template <class T>
+T* mutable_data(const Tensor& x) {
+  return x.numel() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
+}
+
+}  // namespace rayfuse

@@ -1,0 +1,185 @@
+// Scans along rays, several rays at once. A scan inside one register costs log2(lanes) shuffles and
+// as many dependent additions for each; so a block takes as many rays as a 128-bit lane has values
+// and is transposed lane by lane (2 shuffles a register for float). Most steps of a scan then go
+// from one register to the next, and only the lanes' totals are scanned across.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace rayfuse {
+
+// Rays in a block: 4 of float, 2 of double.
+template <class A>
+constexpr int kRays = 16 / sizeof(A);
+
+// kLanes samples of kRays rays. Sample s of ray r is in register s % kRays, in lane
+// s / kRays * kRays + r. A block of rows has ray r in register r instead.
+template <class A>
+struct Block {
+  vec<A> column[kRays<A>];
+
+  // register by register: copied as one object it would go through the stack
+  void store_to(Block& out) const {
+    for (int j = 0; j < kRays<A>; ++j) out.column[j] = column[j];
+  }
+};
+
+// f(0), f(1), ... as a block, inlined and unrolled.
+template <class A, class F>
+Block<A> each_column(const F& f) {
+  return [&]<int... j>(std::integer_sequence<int, j...>) {
+    return Block<A>{{f(j)...}};
+  }(std::make_integer_sequence<int, kRays<A>>());
+}
+
+template <class A>
+Block<A> operator+(const Block<A>& a, const Block<A>& b) {
+  return each_column<A>([&](int j) { return a.column[j] + b.column[j]; });
+}
+template <class A>
+Block<A> operator-(const Block<A>& a, const Block<A>& b) {
+  return each_column<A>([&](int j) { return a.column[j] - b.column[j]; });
+}
+template <class A>
+Block<A> operator*(const Block<A>& a, const Block<A>& b) {
+  return each_column<A>([&](int j) { return a.column[j] * b.column[j]; });
+}
+template <class A>
+Block<A> operator*(A a, const Block<A>& b) {
+  return each_column<A>([&](int j) { return a * b.column[j]; });
+}
+
+// From rows to columns and back, within each 128-bit lane.
+template <class A>
+Block<A> transpose(const Block<A>& x) {
+  const auto& [column] = x;
+  if constexpr (kRays<A> == 2) {
+    return {{unpack<1, 0>(column[0], column[1]), unpack<1, 1>(column[0], column[1])}};
+  } else {
+    const auto low01 = unpack<1, 0>(column[0], column[1]);
+    const auto high01 = unpack<1, 1>(column[0], column[1]);
+    const auto low23 = unpack<1, 0>(column[2], column[3]);
+    const auto high23 = unpack<1, 1>(column[2], column[3]);
+    return {{unpack<2, 0>(low01, low23), unpack<2, 1>(low01, low23), unpack<2, 0>(high01, high23),
+             unpack<2, 1>(high01, high23)}};
+  }
+}
+
+// Up to kRays rays of an array. Where there are fewer, the last one stands in for the others: its
+// results are computed more than once and stored once.
+template <class T>
+struct Rays {
+  using A = accumulator<std::remove_const_t<T>>;
+
+  T* first;
+  int64_t stride;
+  int count;
+
+  T* operator[](int r) const { return first + std::min(r, count - 1) * stride; }
+
+  // Samples k.. of all rays, of which n exist; the others are 0.
+  Block<A> load_at(int64_t k, int64_t n) const {
+    return transpose(each_column<A>(
+        [&](int r) { return n < kLanes<A> ? load((*this)[r] + k, n) : load((*this)[r] + k); }));
+  }
+  void store_at(int64_t k, int64_t n, const Block<A>& x) const {
+    const Block<A> rows = transpose(x);
+    [&]<int... r>(std::integer_sequence<int, r...>) {
+      (..., (r < count && (n < kLanes<A> ? store((*this)[r] + k, rows.column[r], n)
+                                         : store((*this)[r] + k, rows.column[r]),
+                           true)));
+    }(std::make_integer_sequence<int, kRays<A>>());
+  }
+  // Value k of each ray, for all samples of a block.
+  vec<A> broadcast_at(int64_t k) const {
+    vec<A> x = {};
+    for (int r = 0; r < kRays<A>; ++r) x[r] = widen((*this)[r][k]);
+    return repeat_lane<0>(x);
+  }
+};
+
+// Blocks that come in order from the left, one sample late.
+template <class A>
+class Delay {
+ public:
+  explicit Delay(vec<A> first) : end_(first) {}
+
+  Block<A> operator()(const Block<A>& x) {
+    constexpr int K = kRays<A>;
+    const vec<A> first = window<kLanes<A> - K>(end_, x.column[K - 1]);
+    end_ = x.column[K - 1];
+    return each_column<A>([&](int j) { return j ? x.column[j - 1] : first; });
+  }
+
+ private:
+  vec<A> end_;
+};
+
+// A running sum over blocks that come in order, from the left or from the right.
+template <class A>
+class LeftSum {
+ public:
+  // Adds a block; returns the sums before each of its samples, and including it.
+  std::pair<Block<A>, Block<A>> add(const Block<A>& x) {
+    constexpr int K = kRays<A>;
+    Block<A> inside = x;
+    for (int j = 1; j < K; ++j) inside.column[j] += inside.column[j - 1];
+    const vec<A> total =
+        inclusive_lanes<K>(inside.column[K - 1]) + repeat_lane<kLanes<A> - K>(total_);
+    const vec<A> before = window<kLanes<A> - K>(total_, total);
+    total_ = total;
+    return {each_column<A>([&](int j) { return j ? before + inside.column[j - 1] : before; }),
+            each_column<A>([&](int j) { return before + inside.column[j]; })};
+  }
+  // The sum of everything, of ray r.
+  A total(int r) const { return total_[kLanes<A> - kRays<A> + r]; }
+
+ private:
+  template <int places>
+  static vec<A> inclusive_lanes(vec<A> x) {
+    if constexpr (places < kLanes<A>) return inclusive_lanes<2 * places>(x + shift_up<places>(x));
+    return x;
+  }
+  vec<A> total_ = {};
+};
+
+template <class A>
+class RightSum {
+ public:
+  // Adds a block; returns the sums after each of its samples, and including it.
+  std::pair<Block<A>, Block<A>> add(const Block<A>& x) {
+    constexpr int K = kRays<A>;
+    Block<A> inside = x;
+    for (int j = K - 2; j >= 0; --j) inside.column[j] += inside.column[j + 1];
+    const vec<A> total = inclusive_lanes<K>(inside.column[0]) + repeat_lane<0>(total_);
+    const vec<A> after = window<K>(total, total_);
+    total_ = total;
+    return {each_column<A>([&](int j) { return j < K - 1 ? after + inside.column[j + 1] : after; }),
+            each_column<A>([&](int j) { return after + inside.column[j]; })};
+  }
+
+ private:
+  template <int places>
+  static vec<A> inclusive_lanes(vec<A> x) {
+    if constexpr (places < kLanes<A>) return inclusive_lanes<2 * places>(x + shift_down<places>(x));
+    return x;
+  }
+  vec<A> total_ = {};
+};
+
+// The sum of all samples: ray r is in lane r.
+template <class A, int places = kLanes<A> / 2>
+vec<A> sum_samples(vec<A> x) {
+  if constexpr (places >= kRays<A>) return sum_samples<A, places / 2>(x + shift_down<places>(x));
+  return x;
+}
+template <class A>
+vec<A> sum_columns(const Block<A>& x) {
+  vec<A> total = x.column[0];
+  for (int j = 1; j < kRays<A>; ++j) total += x.column[j];
+  return total;
+}
+
+}  // namespace rayfuse

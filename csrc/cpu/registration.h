@@ -1,0 +1,44 @@
+// The step from tensors to kernels on the CPU, included after the kernels of a file.
+#pragma once
+
+#include "../common.h"
+#include "rays.h"
+
+// Every instruction set has a namespace of its own, so that all can be loaded at once.
+#define RAYFUSE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(RAYFUSE_NAMESPACE, CPU, m)
+
+namespace rayfuse {
+
+// All sizes but the last `trailing` ones.
+inline std::vector<int64_t> leading_sizes(const Tensor& x, int trailing) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end() - trailing};
+}
+
+// Calls f with a value of the element type of x; the engine has checked that it is one of these.
+template <class F>
+void dispatch(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(half{});
+    case ScalarType::BFloat16:
+      return f(bfloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+// Calls f(first ray, last ray + 1) on torch's threads, the first one a multiple of kRays. A thread
+// starts for at least 2^14 samples: below that waking it costs more than it saves.
+template <class A, class F>
+void for_rays(int64_t rays, int64_t samples_per_ray, const F& f) {
+  constexpr int64_t K = kRays<A>;
+  const int64_t grain = (1 << 14) / K / std::max<int64_t>(samples_per_ray, 1);
+  torch::stable::parallel_for(
+      0, (rays + K - 1) / K, std::max<int64_t>(grain, 1),
+      [&](int64_t begin, int64_t end) { f(begin * K, std::min(end * K, rays)); });
+}
+
+}  // namespace rayfuse

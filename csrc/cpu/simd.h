@@ -1,0 +1,232 @@
+// One vector register of whatever the instruction set offers, and what all kernels do with it.
+// Built on the vector extension of GCC and Clang: arithmetic is written with operators, and only
+// what the extension cannot say (masks, half precision) falls back on intrinsics.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// Before a kernel: inline all that it calls, so that vectors stay in registers.
+#define RAYFUSE_KERNEL __attribute__((flatten))
+
+namespace rayfuse {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct half {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// The type that values of type T are computed in.
+template <class T>
+struct accumulator_of {
+  using type = float;
+};
+template <>
+struct accumulator_of<double> {
+  using type = double;
+};
+template <class T>
+using accumulator = typename accumulator_of<T>::type;
+
+template <class A>
+struct vector_of {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using vec = typename vector_of<A>::type;
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+// ---- one value
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(half x) {
+  _Float16 value;
+  std::memcpy(&value, &x, sizeof value);
+  return value;
+}
+inline float widen(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class T>
+T narrow(accumulator<T> x) {
+  return x;
+}
+template <>
+inline half narrow<half>(float x) {
+  const _Float16 value = static_cast<_Float16>(x);
+  half out;
+  std::memcpy(&out, &value, sizeof out);
+  return out;
+}
+template <>
+inline bfloat16 narrow<bfloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// ---- between memory and a register; with n, only the first n lanes, the others are 0
+
+template <class T>
+vec<accumulator<T>> load(const T* p) {
+  vec<accumulator<T>> x;
+  if constexpr (sizeof(T) == sizeof(accumulator<T>)) {
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if constexpr (std::is_same_v<T, half>) return (vec<float>)_mm512_cvtph_ps(bits);
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return (vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+  }
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  if constexpr (std::is_same_v<T, half>) return (vec<float>)_mm256_cvtph_ps(bits);
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return (vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+  }
+#endif
+  for (int i = 0; i < kLanes<accumulator<T>>; ++i) x[i] = widen(p[i]);
+  return x;
+}
+
+template <class T>
+void store(T* p, vec<accumulator<T>> x) {
+  if constexpr (sizeof(T) == sizeof(accumulator<T>)) {
+    std::memcpy(p, &x, sizeof x);
+    return;
+  }
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, half>) {
+#if defined(__AVX512F__)
+    const auto bits = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const auto bits = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#endif
+    std::memcpy(p, &bits, sizeof bits);
+    return;
+  }
+#endif
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    typedef uint32_t words __attribute__((vector_size(kVectorBytes)));
+    typedef uint16_t halves __attribute__((vector_size(kVectorBytes / 2)));
+    const words bits = (words)x;
+    // to nearest even; a NaN stays one
+    const words rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+    const halves out = __builtin_convertvector(rounded >> 16, halves);
+    std::memcpy(p, &out, sizeof out);
+    return;
+  }
+  for (int i = 0; i < kLanes<accumulator<T>>; ++i) p[i] = narrow<T>(x[i]);
+}
+
+template <class T>
+vec<accumulator<T>> load(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    return (vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    return (vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+  }
+#endif
+  T lanes[kLanes<accumulator<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <class T>
+void store(T* p, vec<accumulator<T>> x, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x);
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)x);
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(x[i]);
+}
+
+// ---- between lanes
+
+template <class V>
+constexpr int kLanesOf = sizeof(V) / sizeof(std::declval<V>()[0]);
+
+// Lane i of the result is lane i + from of low and high laid end to end.
+template <int from, class V>
+V window(V low, V high) {
+  // one instruction where the compiler would build an index and permute two registers
+#if defined(__AVX512F__)
+  constexpr int kBytes = sizeof(std::declval<V>()[0]);
+  const __m512i l = (__m512i)low, h = (__m512i)high;
+  if constexpr (kBytes == 4) return (V)_mm512_alignr_epi32(h, l, from);
+  if constexpr (kBytes == 8) return (V)_mm512_alignr_epi64(h, l, from);
+#elif defined(__AVX2__)
+  constexpr int kBytes = from * sizeof(std::declval<V>()[0]);
+  const __m256i l = (__m256i)low, h = (__m256i)high;
+  const __m256i middle = _mm256_permute2x128_si256(l, h, 0x21);
+  if constexpr (kBytes < 16) return (V)_mm256_alignr_epi8(middle, l, kBytes);
+  if constexpr (kBytes >= 16) return (V)_mm256_alignr_epi8(h, middle, kBytes - 16);
+#endif
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(low, high, (i + from)...);
+  }(std::make_integer_sequence<int, kLanesOf<V>>());
+}
+
+// Lanes move up, or down, by a number of places; zeros come in.
+template <int places, class V>
+V shift_up(V x) {
+  return window<kLanesOf<V> - places>(V{}, x);
+}
+template <int places, class V>
+V shift_down(V x) {
+  return window<places>(x, V{});
+}
+
+// The 128-bit lane that starts at lane `first`, in every 128-bit lane.
+template <int first, class V>
+V repeat_lane(V x) {
+  constexpr int k = 16 / sizeof(std::declval<V>()[0]);
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(x, x, (first + i % k)...);
+  }(std::make_integer_sequence<int, kLanesOf<V>>());
+}
+
+// Within each 128-bit lane, the low or high halves of a and b, taken in turn `unit` values at a
+// time.
+template <int unit, bool high, class V>
+V unpack(V a, V b) {
+  constexpr int n = kLanesOf<V>, k = 16 / sizeof(std::declval<V>()[0]);
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(
+        a, b,
+        (i / k * k + high * k / 2 + i % k / (2 * unit) * unit + i % unit + (i / unit % 2) * n)...);
+  }(std::make_integer_sequence<int, n>());
+}
+
+}  // namespace rayfuse

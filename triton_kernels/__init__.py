@@ -1,0 +1,1 @@
+"""Triton kernels, one module an op, installed as `rayfuse.triton_kernels`."""
