@@ -342,6 +342,12 @@ def test_a_resumed_run_keeps_the_steps_that_count(run_dir):
     assert page_of(run_dir).says("Resumed at step 70;")
 
 
+def test_a_clock_that_goes_on_is_kept_and_the_resumption_still_marked(run_dir):
+    write_log(run_dir, [record(step) for step in (10, 20, 30)] + [record(20, seconds=9.0)])
+    log = report._Log.read(run_dir / "metrics.jsonl", [])
+    assert log.seconds.tolist() == [0.5, 9.0] and log.resumed == [20]
+
+
 def test_lines_cut_short_are_counted(run_dir):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('[1]\n{"seconds": 1}\n{"step": "4000"}\n{"step": "last"}\n{"step": 99')
