@@ -218,6 +218,14 @@ def test_time_goes_to_parts_and_ops_with_their_backend(run_dir):
     assert page.says("cpu") and page.says("torch") and page.says("50.0 ms")
 
 
+def test_parts_that_add_up_to_more_than_the_step_are_explained(run_dir):
+    part = {"name": "field", "forward_ms": 30.0, "backward_ms": 45.0}
+    (run_dir / "profile.json").write_text(json.dumps({"step_ms": 50.0, "parts": [part, part]}))
+    page = page_of(run_dir)
+    assert page.says("The parts add up to 150.0 ms, more than the step of 50.0 ms")
+    assert page.says("50.0 %") and not page.says("everything else")
+
+
 def test_the_command_can_be_pasted_and_the_config_is_complete(run_dir):
     page = page_of(run_dir)
     assert page.says("rayfuse train 'a b'")

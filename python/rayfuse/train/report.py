@@ -387,17 +387,26 @@ def _profile(profile: dict) -> dict | None:
         return [r | {"bars": [_share(part, longest) for part in r["ms"][:2]]} for r in rows]
 
     parts, ops = profile.get("parts") or [], profile.get("ops") or []
+    added = sum(row(entry, 1)["ms"][2] for entry in parts)
     step_ms = _number(profile.get("step_ms"))
+    notes = []
     if not math.isfinite(step_ms):
-        step_ms = sum(row(entry, 1)["ms"][2] for entry in parts)
-    part_rows = [row(entry, step_ms) for entry in parts]
-    rest = step_ms - sum(entry["ms"][2] for entry in part_rows)
-    if part_rows and rest > 0.01 * step_ms:
-        part_rows.append(row({"name": "everything else", "forward_ms": rest}, step_ms))
+        step_ms = added
+    elif added > 1.02 * step_ms:
+        notes.append(
+            f"The parts add up to {_fixed(added, 1)} ms, more than the step of "
+            f"{_fixed(step_ms, 1)} ms: timing each part costs time. Shares are of the sum."
+        )
+    whole = max(step_ms, added)
+    part_rows = [row(entry, whole) for entry in parts]
+    rest = whole - added
+    if part_rows and rest > 0.01 * whole:
+        part_rows.append(row({"name": "everything else", "forward_ms": rest}, whole))
     return {
         "step_ms": _fixed(step_ms, 1),
+        "notes": notes,
         "parts": with_bars(part_rows),
-        "ops": with_bars(sorted((row(e, step_ms) for e in ops), key=lambda r: -r["ms"][2])),
+        "ops": with_bars(sorted((row(e, whole) for e in ops), key=lambda r: -r["ms"][2])),
     }
 
 
