@@ -12,12 +12,13 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 # worst to best, with torch's name for the least processor that runs it
@@ -158,9 +159,22 @@ def last_backend() -> str | None:
     return _local.last
 
 
-def ran(name: str) -> None:
-    """Note for `last_backend` which backend runs."""
-    _local.last = name
+class Chosen(NamedTuple):
+    """An op's kernels on one backend."""
+
+    name: str
+    fwd: Kernel
+    bwd: Kernel
+
+    def run_fwd(self, inputs: Sequence[Tensor]) -> Any:
+        """Kernels read contiguous memory: here is where that is seen to."""
+        _local.last = self.name
+        return self.fwd(*[x.contiguous() for x in inputs])
+
+    def run_bwd(self, tensors: Sequence[Tensor], needs: int) -> Any:
+        """The gradients of all inputs, empty where `needs` has no bit."""
+        _local.last = self.name
+        return self.bwd(*[x.contiguous() for x in tensors], needs)
 
 
 class Kernels:
@@ -169,10 +183,10 @@ class Kernels:
     def __init__(self, op: str, reference: Kernel, reference_bwd: Kernel) -> None:
         self.op = op
         self._reference = (reference, reference_bwd)
-        self._chosen: dict[tuple[str | None, str], tuple[str, Kernel, Kernel]] = {}
+        self._chosen: dict[tuple[str | None, str], Chosen] = {}
 
-    def choose(self, device: str, name: str | None = None) -> tuple[str, Kernel, Kernel]:
-        """(backend, forward, backward) for tensors on a device type.
+    def choose(self, device: str, name: str | None = None) -> Chosen:
+        """The kernels for tensors on a device type.
 
         Raises:
             BackendError: if `name`, or the backend forced in this thread, cannot run.
@@ -187,7 +201,7 @@ class Kernels:
         """The backends that can run this op on a device type, best first."""
         return [b for b in _ORDER.get(device, ("ref",)) if self._missing(b, device) is None]
 
-    def _find(self, device: str, name: str | None) -> tuple[str, Kernel, Kernel]:
+    def _find(self, device: str, name: str | None) -> Chosen:
         available = self.available(device)
         name = name or available[0]
         missing = self._missing(name, device)
@@ -196,7 +210,7 @@ class Kernels:
                 f"{self.op}: backend {name!r} is not available on {device}: {missing};"
                 f" available: {', '.join(available)}"
             )
-        return name, *self._load(name)
+        return Chosen(name, *self._load(name))
 
     def _missing(self, name: str, device: str) -> str | None:
         if name.partition(".")[0] not in _ORDER.get(device, ("ref",)):
@@ -212,11 +226,14 @@ class Kernels:
                 return ()
             kernels = importlib.import_module(module)
             return kernels.fwd, kernels.bwd
-        namespace = getattr(torch.ops, library_namespace(name))
-        try:
-            return getattr(namespace, self.op).default, getattr(namespace, f"{self.op}_bwd").default
-        except AttributeError:
+        namespace = library_namespace(name)
+        directions = self.op, f"{self.op}_bwd"
+        # the engine defines the ops of every library; whether the library holds them is its affair
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        if not all(has_kernel(f"{namespace}::{op}", "CPU") for op in directions):
             return ()
+        fwd, bwd = (getattr(getattr(torch.ops, namespace), op).default for op in directions)
+        return fwd, bwd
 
 
 def library_namespace(name: str) -> str:

@@ -7,7 +7,9 @@ size, found where it first occurs; a number is itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _ARRAY = re.compile(r"(\w+)\[([^\]]*)\]")
 _DIM = re.compile(r"(?:([A-Z])([+-]\d+)?|(\d+))")
@@ -65,6 +67,11 @@ class Signature:
                 if not fits:
                     raise ShapeError(self._must(array, leading, sizes, shape))
         return leading or (), sizes
+
+    def leading(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """The leading shape of inputs that fit."""
+        array, x = next((a, x) for a, x in zip(self.inputs, inputs, strict=True) if a.leading)
+        return x.shape[: x.dim() - len(array.dims)]
 
     def _must(
         self,

@@ -72,16 +72,26 @@ class Op:
                 *(backend.library_namespace(f"cpu.{isa}") for isa in backend.ISAS),
             )
         ]
-        self.Function = _autograd_function(self.name)
+        self.Function, self.Transformable = _autograd_functions(self.name)
         _OPS[self.name] = self
 
     # ---- the public function
 
     def public(self) -> Callable:
         """The function that users call: checks, then the autograd Function."""
-        function, check, names = self.Function, self.check, self.inputs
+        check, arity = self.check, len(self.inputs)
         self._parameters = inspect.signature(self.reference).parameters
-        arity = len(names)
+        function, transformable = self.Function, self.Transformable
+
+        def apply(
+            reduction: str | None, denominator: Any, args: tuple[Tensor, ...], named: dict
+        ) -> Any:
+            if named or len(args) != arity:
+                args = self._positional(args, named)
+            check(args)
+            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+                return transformable.apply(reduction, denominator, *args)
+            return function.apply(reduction, denominator, *args)
 
         if self.is_loss:
 
@@ -90,29 +100,14 @@ class Op:
                 reduction: str = "mean",
                 denominator: float | Tensor | None = None,
                 **named: Tensor,
-            ) -> Tensor:
-                if named or len(args) != arity:
-                    args = self._positional(args, named)
-                check(args)
+            ) -> Any:
                 if reduction != "mean":
-                    if reduction not in ("sum", "none"):
-                        raise ValueError(
-                            f"{self.name}: reduction must be 'mean', 'sum' or 'none',"
-                            f" got {reduction!r}"
-                        )
-                    if denominator is not None:
-                        raise ValueError(
-                            f"{self.name}: denominator must come with reduction='mean',"
-                            f" got reduction={reduction!r}"
-                        )
-                return function.apply(reduction, denominator, *args)
+                    self._check_reduction(reduction, denominator)
+                return apply(reduction, denominator, args, named)
         else:
 
             def call(*args: Tensor, **named: Tensor) -> Any:
-                if named or len(args) != arity:
-                    args = self._positional(args, named)
-                check(args)
-                return function.apply(None, None, *args)
+                return apply(None, None, args, named)
 
         functools.update_wrapper(call, self.reference)
         parameters = [*self._parameters.values()]
@@ -125,7 +120,7 @@ class Op:
             head, args, tail = (inspect.getdoc(self.reference) or "").partition("\n\nReturns:")
             call.__doc__ = head + "\n" + _REDUCTION_DOC.rstrip() + args + tail
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        call.op, call.Function = self, function  # type: ignore[attr-defined]
+        call.op, call.Function = self, self.Function  # type: ignore[attr-defined]
         return call
 
     def _positional(self, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -157,6 +152,13 @@ class Op:
             raise ValueError(f"{self.name}: {error}") from None
         if backend.debugging():
             self._check_values(args)
+
+    def _check_reduction(self, reduction: str, denominator: object) -> None:
+        if reduction not in ("mean", "sum", "none"):
+            self._fail(ValueError, "reduction", "be 'mean', 'sum' or 'none'", repr(reduction))
+        if denominator is not None:
+            rule = "come with reduction='mean'"
+            self._fail(ValueError, "denominator", rule, f"reduction={reduction!r}")
 
     def _check_values(self, args: Sequence[Tensor]) -> None:
         for name, arg in zip(self.inputs, args, strict=True):
@@ -223,17 +225,12 @@ class Op:
 
     def run_fwd(self, *inputs: Tensor) -> Any:
         """The raw forward on the backend that is chosen for these tensors."""
-        name, fwd, _ = self.kernels.choose(inputs[0].device.type)
-        backend.ran(name)
-        return fwd(*[x.contiguous() for x in inputs])
+        return self.kernels.choose(inputs[0].device.type).run_fwd(inputs)
 
-    def run_bwd(self, *args: Any, name: str | None = None) -> tuple[Tensor, ...]:
+    def run_bwd(self, *args: Any) -> Any:
         """The raw backward: gradients of all inputs, empty where `needs` has no bit."""
         *tensors, needs = args
-        name, _, bwd = self.kernels.choose(tensors[0].device.type, name)
-        backend.ran(name)
-        grads = bwd(*[x.contiguous() for x in tensors], needs)
-        return (grads,) if isinstance(grads, Tensor) else grads
+        return self.kernels.choose(tensors[0].device.type).run_bwd(tensors, needs)
 
     def _fake_fwd(self, *inputs: Tensor) -> Any:
         leading, sizes = self.signature.bind([x.shape for x in inputs])
@@ -258,10 +255,6 @@ class Op:
         return out, tuple(None if x.shape == (0,) else 0 for x in out)
 
     # ---- autograd
-
-    def leading(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
-        """The leading dimensions: one loss each."""
-        return self.signature.bind([x.shape for x in inputs])[0]
 
     def differentiable_bwd(
         self, d_outputs: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
@@ -299,45 +292,64 @@ class Op:
 _OPS: dict[str, Op] = {}
 
 
-def _autograd_function(name: str) -> type[torch.autograd.Function]:
-    """The autograd Function of an op: (reduction, denominator, *inputs) -> outputs."""
+def _autograd_functions(name: str) -> tuple[type[torch.autograd.Function], ...]:
+    """(reduction, denominator, *inputs) -> outputs as an autograd Function, in two forms.
+
+    torch.func and torch.compile want `setup_context`, which doubles the cost of an eager call.
+    """
     raw = getattr(torch.ops.rayfuse, name).default
     raw_bwd = getattr(torch.ops.rayfuse, f"{name}_bwd").default
 
+    def run(reduction: str | None, denominator: Any, inputs: Sequence[Tensor]) -> Any:
+        if torch.compiler.is_compiling():
+            out = raw(*inputs)
+        else:
+            # past torch.ops, which costs more than all the rest of an eager call
+            out = _OPS[name].kernels.choose(inputs[0].device.type).run_fwd(inputs)
+        return _reduced(out, reduction, denominator) if reduction in ("mean", "sum") else out
+
+    def save(ctx: Any, reduction: str | None, denominator: Any, inputs: Sequence[Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.reduction, ctx.denominator = reduction, denominator
+        # the backward may run in another thread, where another backend is forced
+        ctx.backend = None if torch.compiler.is_compiling() else backend.last_backend()
+
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(reduction: str | None, denominator: Any, *inputs: Tensor) -> Any:
-            # torch.ops is what a compiler can trace; calling past it saves its overhead
-            out = (raw if torch.compiler.is_compiling() else _OPS[name].run_fwd)(*inputs)
-            if reduction not in ("mean", "sum"):
-                return out
-            total = _sum(out)
-            return total if reduction == "sum" else total / _count(out.shape, denominator)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.reduction, ctx.denominator, *tensors = inputs
-            ctx.save_for_backward(*tensors)
-            ctx.backend = None if torch.compiler.is_compiling() else backend.last_backend()
+        def forward(ctx: Any, reduction: str | None, denominator: Any, *inputs: Tensor) -> Any:
+            out = run(reduction, denominator, inputs)
+            save(ctx, reduction, denominator, inputs)
+            return out
 
         @staticmethod
         def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
             inputs = ctx.saved_tensors
             needs = ctx.needs_input_grad[2:]
             if ctx.reduction in ("mean", "sum"):
-                leading = _OPS[name].leading(inputs)
-                d_loss = d_outputs[0]
+                leading = _OPS[name].signature.leading(inputs)
+                d_loss = d_outputs[0].expand(leading)
                 if ctx.reduction == "mean":
                     d_loss = d_loss / _count(leading, ctx.denominator)
-                d_outputs = (d_loss.expand(leading),)
-            mask = sum(int(need) << i for i, need in enumerate(needs))
+                d_outputs = (d_loss,)
             if torch.compiler.is_compiling():
-                grads = raw_bwd(*d_outputs, *inputs, mask)
+                grads = raw_bwd(*d_outputs, *inputs, _mask(needs))
             elif torch.is_grad_enabled():
                 grads = _OPS[name].differentiable_bwd(d_outputs, inputs, needs)
             else:
-                grads = _OPS[name].run_bwd(*d_outputs, *inputs, mask, name=ctx.backend)
-            return None, None, *(g if need else None for g, need in zip(grads, needs, strict=True))
+                chosen = _OPS[name].kernels.choose(inputs[0].device.type, ctx.backend)
+                grads = chosen.run_bwd((*d_outputs, *inputs), _mask(needs))
+            if len(inputs) == 1:
+                grads = (grads,)
+            return None, None, *[grads[i] if needs[i] else None for i in range(len(needs))]
+
+    class Transformable(Function):
+        @staticmethod
+        def forward(reduction: str | None, denominator: Any, *inputs: Tensor) -> Any:  # type: ignore[override]
+            return run(reduction, denominator, inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save(ctx, *inputs[:2], inputs[2:])
 
         @staticmethod
         def vmap(
@@ -345,15 +357,23 @@ def _autograd_function(name: str) -> type[torch.autograd.Function]:
         ) -> Any:
             inputs = _batch_first(info, in_dims[2:], inputs)
             if reduction not in ("mean", "sum"):
-                out = Function.apply(reduction, None, *inputs)
+                out = Transformable.apply(reduction, None, *inputs)
                 return out, torch.utils._pytree.tree_map(lambda _: 0, out)
-            loss = Function.apply("none", None, *inputs).unsqueeze(-1).flatten(1)
-            total = loss.sum(1)
-            count = _count(_OPS[name].leading(inputs)[1:], denominator)
+            loss = Transformable.apply("none", None, *inputs)
+            total = loss.unsqueeze(-1).flatten(1).sum(1)
+            count = _count(loss.shape[1:], denominator)
             return total if reduction == "sum" else total / count, 0
 
     Function.__name__ = Function.__qualname__ = f"{name}.Function"
-    return Function
+    return Function, Transformable
+
+
+def _mask(needs: Sequence[bool]) -> int:
+    """Bit i says whether input i needs a gradient."""
+    mask = 0
+    for i, need in enumerate(needs):
+        mask |= need << i
+    return mask
 
 
 def _batch_first(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, ...]:
@@ -383,11 +403,13 @@ def _accumulated(x: Tensor) -> Tensor:
 _SERIAL_SUM = 1 << 14
 
 
-def _sum(loss: Tensor) -> Tensor:
-    """The sum over all rays, the same to the bit for any number of threads."""
-    if loss.device.type != "cpu" or loss.numel() <= _SERIAL_SUM:
-        return loss.sum()
-    return torch.stack([part.sum() for part in loss.flatten().split(_SERIAL_SUM)]).sum()
+def _reduced(loss: Tensor, reduction: str, denominator: float | Tensor | None) -> Tensor:
+    """The sum or mean over all rays, the same to the bit for any number of threads."""
+    count = _count(loss.shape, denominator)
+    if loss.device.type == "cpu" and loss.numel() > _SERIAL_SUM:
+        loss = torch.stack([part.sum() for part in loss.flatten().split(_SERIAL_SUM)])
+    total = loss.sum()
+    return total / count if reduction == "mean" else total
 
 
 def _count(rays: Sequence[int], denominator: float | Tensor | None) -> float | Tensor:
