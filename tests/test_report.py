@@ -171,6 +171,18 @@ def test_images_are_those_of_the_run(run_dir):
     assert all(attrs["alt"] for attrs in images)
 
 
+def test_two_feature_heads_and_the_ranges_of_colour_maps_are_told(run_dir):
+    path = run_dir / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    images = evaluation["views"][0]["images"]
+    images["feature_dino"], images["feature_dino_target"] = images["feature"], images["photo"]
+    evaluation["views"][0]["ranges"] = {"depth": "2.3 (bright) to 3.1 (dark)"}
+    path.write_text(json.dumps(evaluation))
+    page = page_of(run_dir)
+    assert page.says("Features dino, rendered") and page.says("Features dino, target")
+    assert page.says("Features, rendered") and page.says("Depth2.3 (bright) to 3.1 (dark)")
+
+
 def test_large_images_are_scaled_down_and_keep_their_shape(run_dir):
     write_views(run_dir, 1, size=(150, 900))
     data = page_of(run_dir).all("img")[0]["src"].split(",", 1)[1]

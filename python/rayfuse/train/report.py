@@ -51,8 +51,6 @@ IMAGES = {
     "accumulation": "Accumulation",
     "normal": "Normals, from density",
     "predicted_normal": "Normals, predicted",
-    "feature": "Features, rendered",
-    "feature_target": "Features, target",
 }
 
 
@@ -214,7 +212,7 @@ def _headline(evaluation: dict, profile: dict, log: _Log) -> dict:
         tiles.append(("Steps", f"{steps:,.0f}", "", pace))
     if "parameters" in evaluation:
         count = _number(evaluation["parameters"])
-        tiles.append(("Parameters", *_scaled(count), f"{count:,.0f}"))
+        tiles.append(("Parameters", *_scaled(count), f"{count:,.0f}" if count >= 1e6 else ""))
     if "peak_memory_mb" in evaluation:
         memory = _number(evaluation["peak_memory_mb"])
         size = (_fixed(memory / 1000), "GB") if memory >= 1000 else (_fixed(memory, 0), "MB")
@@ -256,8 +254,9 @@ def _views(run_dir: Path, evaluation: dict) -> dict:
         name = str(view.get("name", index))
         images = [
             {
-                "label": _label(key),
-                "alt": f"{_label(key)} of held-out view {name}",
+                "label": _image_label(key),
+                "range": str((view.get("ranges") or {}).get(key, "")),
+                "alt": f"{_image_label(key)} of held-out view {name}",
                 "uri": "data:image/webp;base64," + base64.b64encode(data).decode(),
             }
             for key, data in encoded
@@ -354,14 +353,14 @@ def _progress(log: _Log, evaluation: dict) -> dict | None:
         plot = _plot("Weights of the losses", log, log.step, weights, scale="log", smooth=False)
         plots.append(plot | {"legend": _legend(weights)})
     others = [name for name in log.names("metrics") if name != "psnr"]
-    small = [
+    plots += [
         _plot(_label(name), log, log.step, {name: log.column("metrics", name)})
         for name in others[:MAX_METRICS]
     ]
     notes = []
     if len(others) > MAX_METRICS:
         notes.append(f"Left out, and in metrics.jsonl: {', '.join(others[MAX_METRICS:])}.")
-    return {"plots": plots, "small": small, "notes": notes}
+    return {"plots": plots, "notes": notes}
 
 
 def _profile(profile: dict) -> dict | None:
@@ -649,7 +648,7 @@ def _short(value: float) -> str:
 
 
 def _scaled(value: float) -> tuple[str, str]:
-    for size, unit in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+    for size, unit in ((1e9, "billion"), (1e6, "million")):
         if value >= size:
             return _fixed(value / size), unit
     return _fixed(value, 0), ""
@@ -685,7 +684,14 @@ def _count(count: int, noun: str) -> str:
 
 def _label(key: str) -> str:
     words = key.replace("_", " ")
-    return IMAGES.get(key) or words[:1].upper() + words[1:]
+    return words[:1].upper() + words[1:]
+
+
+def _image_label(key: str) -> str:
+    if re.fullmatch("feature(_.*)?", key):
+        head = key.removeprefix("feature").removesuffix("_target").replace("_", " ")
+        return f"Features{head}, {'target' if key.endswith('_target') else 'rendered'}"
+    return IMAGES.get(key) or _label(key)
 
 
 def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
