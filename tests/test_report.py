@@ -157,7 +157,7 @@ def test_the_headline_gives_figures_with_units_and_the_baseline(run_dir):
     page = page_of(run_dir)
     assert page.says("26.81 dB on held-out views after 3,000 steps and 2 min 32 s of training")
     assert page.says("1.75 dB above the baseline") and page.says("neighbour fill")
-    for words in ("25.06 dB", "0.912", "2 min 44 s", "1.91 million", "1,912,345", "1.34 GB"):
+    for words in ("25.06 dB", "0.912", "2 min 44 s", "1.91 million", "1,912,345", "1.31 GiB"):
         assert page.says(words), words
 
 

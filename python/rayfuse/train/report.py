@@ -215,8 +215,8 @@ def _headline(evaluation: dict, profile: dict, log: _Log) -> dict:
         tiles.append(("Parameters", *_scaled(count), f"{count:,.0f}" if count >= 1e6 else ""))
     if "peak_memory_mb" in evaluation:
         memory = _number(evaluation["peak_memory_mb"])
-        size = (_fixed(memory / 1000), "GB") if memory >= 1000 else (_fixed(memory, 0), "MB")
-        tiles.append(("Peak memory", *size, "resident, whole process"))
+        size = (_fixed(memory / 1024), "GiB") if memory >= 1024 else (_fixed(memory, 0), "MiB")
+        tiles.append(("Peak memory", *size, ""))
 
     sentence = ""
     if math.isfinite(psnr):
