@@ -1,0 +1,72 @@
+"""The command line: `rayfuse train` and `rayfuse doctor`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+USAGE = """\
+usage: rayfuse COMMAND ...
+
+  train    train a feature field on posed photographs and report how well it did
+  doctor   show versions, backends and why each can or cannot run
+
+`rayfuse COMMAND --help` explains a command.
+"""
+INSTALL = "rayfuse train: needs the extra 'train': pip install 'rayfuse[train]' (missing: {})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else ""
+    if command == "train":
+        return _train(arguments)
+    if command == "doctor":
+        from rayfuse import doctor
+
+        return doctor.main() or 0
+    asked = command in ("-h", "--help", "help")
+    if command == "--version":
+        import rayfuse
+
+        sys.stdout.write(f"rayfuse {rayfuse.__version__}\n")
+        return 0
+    if command and not asked:
+        sys.stderr.write(f"rayfuse: COMMAND must be train or doctor, got {command}\n")
+    (sys.stdout if asked else sys.stderr).write(USAGE)
+    return 0 if asked else 2
+
+
+def _say(*message: object) -> None:
+    text = " ".join(" ".join(map(str, message)).split())
+    sys.stderr.write(f"rayfuse train: {text}\n")
+
+
+def _train(arguments: list[str]) -> int:
+    try:
+        from rayfuse.train import InputError
+        from rayfuse.train.config import parse
+        from rayfuse.train.trainer import train
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("rayfuse"):
+            raise
+        sys.stderr.write(INSTALL.format(error.name) + "\n")
+        return 2
+    warnings.showwarning = lambda message, *_, **__: _say(message)
+    try:
+        return train(parse(arguments))
+    except InputError as error:
+        _say(error)
+        return 2
+    except FloatingPointError as error:
+        _say(error)
+        return 1
+    except KeyboardInterrupt:
+        _say("stopped before training began")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

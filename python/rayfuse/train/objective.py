@@ -1,0 +1,215 @@
+"""The training objective of F3RM on nerfacto: every term with its weight, schedule and metric.
+
+Names and defaults of the configuration are F3RM's and nerfstudio's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import record_function
+
+import rayfuse
+from rayfuse.ops.distortion_loss import distortion_loss
+from rayfuse.train.model import Background, Level, Outputs
+
+EPS = 1e-7
+
+
+@dataclass
+class ObjectiveConfig:
+    """Weights and schedules of the terms; 0 switches a term off."""
+
+    feat_loss_weight: float = 1e-3
+    """Weight of every feature distillation term."""
+    feat_loss_warmup_steps: int = 0
+    """Steps over which that weight rises from 0, linearly; 0 for none."""
+    adaptive_feature_weight: bool = False
+    """Halve or double that weight while the RGB loss is far above or below the feature loss."""
+    distortion_loss_mult: float = 0.002
+    """Weight of the distortion term (Mip-NeRF 360)."""
+    interlevel_loss_mult: float = 1.0
+    """Weight of the interlevel term (Mip-NeRF 360), summed over the proposal levels."""
+    orientation_loss_mult: float = 1e-4
+    """Weight of the orientation term (Ref-NeRF)."""
+    pred_normal_loss_mult: float = 1e-3
+    """Weight of the predicted-normal term (Ref-NeRF)."""
+    depth_loss_mult: float = 1e-3
+    """Weight of depth supervision, where the scene has depth."""
+    depth_sigma: float = 0.01
+    """Half-width of the band around a measured depth, as a share of that depth."""
+    predict_normals: bool = True
+    """Compute normals, and with them the orientation and predicted-normal terms."""
+    normal_rays: int | None = None
+    """How many rays of a step pay for normals (a mean over fewer rays); None for all."""
+    background_color: Background = "random"
+    """What shows through: random colours while training, the last sample, black, white, none."""
+
+
+@dataclass
+class Batch:
+    """Targets of R rays: rgb[R, 3] multiplied by alpha[R, 1] (None: opaque), depth[R, 1] along
+    the ray (NaN: unknown) or None, features by head [R, C], background[R, 3] to blend with."""
+
+    rgb: Tensor
+    alpha: Tensor | None
+    depth: Tensor | None
+    features: dict[str, Tensor]
+    background: Tensor | None
+
+
+@dataclass
+class Terms:
+    """Every term unweighted, its weight, their weighted sum, and the metrics."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weighted(self) -> dict[str, Tensor]:
+        return {name: self.weights[name] * loss for name, loss in self.losses.items()}
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack(list(self.weighted.values())).sum()
+
+
+def get_scheduled_loss_weight(step: int, base_weight: float, warmup_steps: int = 5000) -> float:
+    """base_weight, reached linearly from 0 over warmup_steps."""
+    return base_weight * step / warmup_steps if step < warmup_steps else base_weight
+
+
+def adaptive_feature_weight(
+    rgb_loss: float, feature_loss: float, base_weight: float = 1e-3
+) -> float:
+    """Half of base_weight while rgb_loss / feature_loss > 0.01, twice while it is < 0.001."""
+    ratio = rgb_loss / (feature_loss + 1e-8)
+    if ratio > 0.01:
+        return 0.5 * base_weight
+    return 2.0 * base_weight if ratio < 0.001 else base_weight
+
+
+def orientation_loss(weights: Tensor, normals: Tensor, viewdirs: Tensor) -> Tensor:
+    """Σ w min(0, n·v)², v = -viewdirs: w[R, S], n[R, S, 3], viewdirs[R, 3] -> [R]."""
+    toward = -(normals * viewdirs[:, None]).sum(dim=-1)
+    return (weights * toward.clamp(max=0.0) ** 2).sum(dim=-1)
+
+
+def pred_normal_loss(weights: Tensor, normals: Tensor, pred_normals: Tensor) -> Tensor:
+    """Σ w (1 - n·n̂): w[R, S], n[R, S, 3], n̂[R, S, 3] -> [R]."""
+    return (weights * (1.0 - (normals * pred_normals).sum(dim=-1))).sum(dim=-1)
+
+
+def outer(t: Tensor, t_envelope: Tensor, w_envelope: Tensor) -> Tensor:
+    """Total envelope weight of the bins that touch each interval of t[R, S+1]: [R, S]."""
+    total = F.pad(torch.cumsum(w_envelope, dim=-1), (1, 0))
+    last = w_envelope.shape[-1] - 1
+    lower = torch.searchsorted(t_envelope[:, :-1].contiguous(), t[:, :-1].contiguous(), right=True)
+    upper = torch.searchsorted(t_envelope[:, 1:].contiguous(), t[:, 1:].contiguous(), right=True)
+    lower, upper = (lower - 1).clamp(0, last), upper.clamp(0, last)
+    return total.gather(-1, upper + 1) - total.gather(-1, lower)
+
+
+def interlevel_loss(levels: list[Level]) -> Tensor:
+    """Σ over proposal levels of the mean of max(0, w - outer)² / (w + ε); w is detached."""
+    s, w = levels[-1].s.detach(), levels[-1].weights.detach()
+    loss = w.new_zeros(())
+    for level in levels[:-1]:
+        excess = (w - outer(s, level.s, level.weights)).clamp_min(0.0)
+        loss = loss + (excess**2 / (w + EPS)).mean()
+    return loss
+
+
+def depth_loss(level: Level, depth: Tensor, rendered: Tensor, sigma: float) -> Tensor:
+    """Urban Radiance Fields' depth term, mean over the rays whose depth[R, 1] is known.
+
+    (D̂ - D)² + Σ_near (w - N(t; D, σ/3) δ)² + Σ_empty w², near: |t - D| <= σ, empty: t < D - σ,
+    with distances as shares of D and σ = `sigma`.
+    """
+    known = depth.isfinite() & (depth > 0)
+    target = torch.where(known, depth, 1.0)
+    edges = level.t / target
+    middle = 0.5 * (edges[:, 1:] + edges[:, :-1])
+    deviation = sigma / 3.0
+    # mass of the normal distribution in each interval, so that sample spacing does not matter
+    mass = 0.5 * torch.erf((edges - 1.0) / (deviation * math.sqrt(2.0)))
+    near = (middle - 1.0).abs() <= sigma
+    expected = torch.where(near, mass[:, 1:] - mass[:, :-1], 0.0)
+    sight = torch.where(middle <= 1.0 + sigma, (level.weights - expected) ** 2, 0.0).sum(dim=-1)
+    loss = sight + (rendered / target - 1.0)[:, 0] ** 2
+    known = known[:, 0]
+    return torch.where(known, loss, 0.0).sum() / known.sum().clamp_min(1)
+
+
+class Objective:
+    """Computes every term from a model's outputs and a batch of targets."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        self.backends: dict[str, str] = {}
+
+    def __call__(self, outputs: Outputs, batch: Batch, step: int) -> Terms:
+        c = self.config
+        terms = Terms()
+
+        def add(name: str, weight: float, loss: Tensor) -> None:
+            terms.losses[name], terms.weights[name] = loss, weight
+
+        with record_function("part:losses"):
+            with record_function("op:rgb_loss"):
+                predicted, target = self.blend(outputs, batch)
+                add("rgb_loss", 1.0, F.mse_loss(predicted, target))
+            final = outputs.levels[-1]
+            with record_function("op:distortion_loss"):
+                distortion = distortion_loss(final.s, final.weights, reduction="mean")
+            self.backends["distortion_loss"] = rayfuse.last_backend() or "ref"
+            add("distortion_loss", c.distortion_loss_mult, distortion)
+            with record_function("op:interlevel_loss"):
+                add("interlevel_loss", c.interlevel_loss_mult, interlevel_loss(outputs.levels))
+            for name, rendered in outputs.features.items():
+                with record_function("op:feature_loss"):
+                    loss = F.mse_loss(rendered, batch.features[name])
+                weight = get_scheduled_loss_weight(
+                    step, c.feat_loss_weight, c.feat_loss_warmup_steps
+                )
+                if c.adaptive_feature_weight:
+                    rgb_loss = terms.losses["rgb_loss"].item()
+                    weight = adaptive_feature_weight(rgb_loss, loss.item(), weight)
+                add(f"{name}_loss", weight, loss)
+                terms.metrics[f"{name}_error"] = loss.detach()
+            if outputs.normals is not None:
+                some = slice(len(outputs.normals))
+                weights = final.weights[some].detach()
+                assert outputs.predicted_normals is not None
+                assert outputs.normal_directions is not None
+                with record_function("op:orientation_loss"):
+                    per_ray = orientation_loss(weights, outputs.normals, outputs.normal_directions)
+                add("orientation_loss", c.orientation_loss_mult, per_ray.mean())
+                with record_function("op:pred_normal_loss"):
+                    per_ray = pred_normal_loss(weights, outputs.normals, outputs.predicted_normals)
+                add("pred_normal_loss", c.pred_normal_loss_mult, per_ray.mean())
+            if batch.depth is not None:
+                with record_function("op:depth_loss"):
+                    loss = depth_loss(final, batch.depth, outputs.depth, c.depth_sigma)
+                add("depth_loss", c.depth_loss_mult, loss)
+        mse = terms.losses["rgb_loss"].detach()
+        terms.metrics["psnr"] = -10.0 * torch.log10(mse)
+        terms.metrics["distortion"] = distortion.detach()
+        return terms
+
+    def blend(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Predicted and target colour [R, 3], both in front of the same background."""
+        background = batch.background
+        if self.config.background_color == "last_sample":
+            background = outputs.last_rgb
+        if background is None:
+            return outputs.rgb, batch.rgb
+        predicted = outputs.rgb + (1.0 - outputs.accumulation) * background
+        if batch.alpha is None:
+            return predicted, batch.rgb
+        return predicted, batch.rgb + (1.0 - batch.alpha) * background
