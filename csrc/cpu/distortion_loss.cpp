@@ -45,12 +45,12 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S,
   for (int64_t r = begin; r < end; r += kRays<A>) {
     const int count = std::min<int64_t>(kRays<A>, end - r);
     LeftPass<T> pass{{t + r * (S + 1), S + 1, count}, {w + r * S, S, count}, S};
-    vec<A> total = {};
+    TwoLevelSum<A> total;
     for (int64_t k = 0; k < S; k += kLanes<A>) {
       pass.step(k);
-      total += sum_columns(pass.w0 * (pass.spread_left + A(1) / 3 * (pass.w0 * pass.width)));
+      total.add(sum_columns(pass.w0 * (pass.spread_left + A(1) / 3 * (pass.w0 * pass.width))));
     }
-    store(loss + r, sum_samples<A>(total), count);
+    store(loss + r, sum_samples<A>(total.total()), count);
   }
 }
 

@@ -117,24 +117,55 @@ class Delay {
   vec<A> end_;
 };
 
-// A running sum over blocks that come in order, from the left or from the right.
+// A long sum in two levels, so that 2^16 samples lose no more to rounding than a few hundred do.
+// Where a running sum goes on from block to block, `lane` holds the last one's whole sum.
+template <class A>
+class TwoLevelSum {
+ public:
+  // A term for each lane.
+  void add(vec<A> x) { near_ += x, fold(near_); }
+
+  // The sums up to each lane of a block; returns these, and those of the block before, both without
+  // far().
+  template <int lane>
+  std::pair<vec<A>, vec<A>> run(vec<A> inside) {
+    const vec<A> before = near_, here = inside + repeat_lane<lane>(near_);
+    near_ = here;
+    fold(repeat_lane<lane>(near_));
+    return {here, before};
+  }
+  vec<A> far() const { return far_; }
+  vec<A> total() const { return far_ + near_; }
+
+ private:
+  void fold(vec<A> near) {
+    if (++terms_ < 128) return;
+    far_ += near;
+    near_ = vec<A>{};
+    terms_ = 0;
+  }
+
+  vec<A> far_ = {}, near_ = {};
+  int terms_ = 0;
+};
+
+// A running sum over blocks that come in order from the left.
 template <class A>
 class LeftSum {
  public:
   // Adds a block; returns the sums before each of its samples, and including it.
   std::pair<Block<A>, Block<A>> add(const Block<A>& x) {
-    constexpr int K = kRays<A>;
+    constexpr int K = kRays<A>, kLast = kLanes<A> - K;
     Block<A> inside = x;
     for (int j = 1; j < K; ++j) inside.column[j] += inside.column[j - 1];
-    const vec<A> total =
-        inclusive_lanes<K>(inside.column[K - 1]) + repeat_lane<kLanes<A> - K>(total_);
-    const vec<A> before = window<kLanes<A> - K>(total_, total);
-    total_ = total;
+    const vec<A> far = sum_.far();
+    const auto [here, ended] = sum_.template run<kLast>(inclusive_lanes<K>(inside.column[K - 1]));
+    const vec<A> before = far + window<kLast>(ended, here);
     return {each_column<A>([&](int j) { return j ? before + inside.column[j - 1] : before; }),
             each_column<A>([&](int j) { return before + inside.column[j]; })};
   }
   // The sum of everything, of ray r.
-  A total(int r) const { return total_[kLanes<A> - kRays<A> + r]; }
+  A total(int r) const { return sum_.total()[kLanes<A> - kRays<A> + r]; }
 
  private:
   template <int places>
@@ -142,9 +173,10 @@ class LeftSum {
     if constexpr (places < kLanes<A>) return inclusive_lanes<2 * places>(x + shift_up<places>(x));
     return x;
   }
-  vec<A> total_ = {};
+  TwoLevelSum<A> sum_;
 };
 
+// The same from the right.
 template <class A>
 class RightSum {
  public:
@@ -153,9 +185,9 @@ class RightSum {
     constexpr int K = kRays<A>;
     Block<A> inside = x;
     for (int j = K - 2; j >= 0; --j) inside.column[j] += inside.column[j + 1];
-    const vec<A> total = inclusive_lanes<K>(inside.column[0]) + repeat_lane<0>(total_);
-    const vec<A> after = window<K>(total, total_);
-    total_ = total;
+    const vec<A> far = sum_.far();
+    const auto [here, ended] = sum_.template run<0>(inclusive_lanes<K>(inside.column[0]));
+    const vec<A> after = far + window<K>(here, ended);
     return {each_column<A>([&](int j) { return j < K - 1 ? after + inside.column[j + 1] : after; }),
             each_column<A>([&](int j) { return after + inside.column[j]; })};
   }
@@ -166,7 +198,7 @@ class RightSum {
     if constexpr (places < kLanes<A>) return inclusive_lanes<2 * places>(x + shift_down<places>(x));
     return x;
   }
-  vec<A> total_ = {};
+  TwoLevelSum<A> sum_;
 };
 
 // The sum of all samples: ray r is in lane r.

@@ -87,7 +87,7 @@ class Signature:
         else:
             parts = [f"...={list(leading)}"] if array.leading and leading is not None else []
             parts += [f"{k}={sizes[k]}" for k, _ in array.dims if k and k in sizes]
-            known = f" with {', '.join(parts)} (from {first.name})"
+            known = (f" with {', '.join(parts)}" if parts else "") + f" (from {first.name})"
         return f"{array.name} must have shape [{array.text}]{known}, got {list(shape)}"
 
 

@@ -1,0 +1,43 @@
+"""Backends and element types to test, and the summary of which backends ran."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import rayfuse
+from rayfuse import backend
+
+# every instruction set of the CPU library is a backend of its own here
+BACKENDS = ("ref", *(f"cpu.{isa}" for isa in backend.ISAS), "cuda", "triton")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_ran: Counter[str] = Counter()
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" in (config.option.markexpr or ""):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run by `make test-all`"))
+
+
+@pytest.fixture(params=[name for name in BACKENDS if backend.reason(name) is None])
+def forced_backend(request):
+    """Each backend that can run here in turn, forced; test_backend.py skips the others by name."""
+    with rayfuse.use_backend(request.param):
+        yield request.param
+    _ran[request.param] += 1
+
+
+@pytest.fixture
+def device(forced_backend):
+    return "cuda" if forced_backend in ("cuda", "triton") else "cpu"
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("backends")
+    for name in BACKENDS:
+        ran = f"{_ran[name]} tests" if _ran[name] else "none of these tests"
+        terminalreporter.write_line(f"{name:14} {ran:22} {backend.reason(name) or 'available'}")

@@ -1,0 +1,75 @@
+"""The stem law: one op, one stem, a file of that stem in every folder; no orphans."""
+
+from pathlib import Path
+
+import pytest
+
+import rayfuse
+from rayfuse.backend import isas
+from rayfuse.ops import __all__ as STEMS
+
+ROOT = Path(__file__).parent.parent
+# role -> where an op's file is; a big one grows to <stem>_<part>
+ROLES = {
+    "spec": "python/rayfuse/ops/{}.py",
+    "cpu": "csrc/cpu/{}.cpp",
+    "test": "tests/test_{}.py",
+    "bench": "bench/bench_{}.py",
+}
+# roles that an op may have: math only where cpu and cuda share it; the GPU kernels of an op may
+# come after its CPU kernel
+OPTIONAL = {
+    "math": "csrc/math/{}.h",
+    "cuda": "csrc/cuda/{}.cu",
+    "triton": "triton_kernels/{}.py",
+}
+# files of these patterns that belong to no op
+SHARED = {
+    "tests/test_law.py",
+    "tests/test_dims.py",
+    "tests/test_backend.py",
+    "tests/test_library.py",
+    "tests/test_train.py",
+    "tests/test_report.py",
+    "triton_kernels/__init__.py",
+    "python/rayfuse/ops/__init__.py",
+}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("role", ROLES)
+def test_op_has_a_file_for_every_role(stem, role):
+    path = ROLES[role].format(stem)
+    assert (ROOT / path).exists(), f"{stem} has no {role}: add {path}"
+
+
+@pytest.mark.parametrize("role", [*ROLES, *OPTIONAL])
+def test_no_file_without_an_op(role):
+    pattern = (ROLES | OPTIONAL)[role]
+    before, after = pattern.split("{}")
+    for path in sorted(ROOT.glob(pattern.format("*"))):
+        name = path.relative_to(ROOT).as_posix()
+        stem = name.removeprefix(before).removesuffix(after)
+        belongs = any(stem == s or stem.startswith(f"{s}_") for s in STEMS)
+        assert belongs or name in SHARED, f"{name} belongs to no op of {STEMS}"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_op_is_public_documented_and_in_the_readme(stem):
+    public = getattr(rayfuse, stem)
+    assert stem in rayfuse.__all__
+    for section in ("Args:", "Returns:", "Raises:", "Source:", "Example:"):
+        assert section in public.__doc__, f"the docstring of {stem} has no {section}"
+    assert f"`{stem}`" in (ROOT / "README.md").read_text(), f"README.md does not list {stem}"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_library_holds_every_op(stem):
+    for isa in isas():
+        getattr(rayfuse, stem).op.kernels.choose("cpu", f"cpu.{isa}")
+
+
+def test_tests_derive_from_the_contract():
+    for stem in STEMS:
+        source = (ROOT / ROLES["test"].format(stem)).read_text()
+        assert "(Contract)" in source, f"test_{stem}.py does not derive from Contract"
