@@ -126,9 +126,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 
 def _preset_of(arguments: Sequence[str]) -> str:
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for number, option in enumerate(arguments):
         if option == "--preset":
-            return value
+            return "".join(arguments[number + 1 : number + 2])
         if option.startswith("--preset="):
             return option.partition("=")[2]
     return ""

@@ -128,19 +128,17 @@ def interlevel_loss(levels: list[Level]) -> Tensor:
 def depth_loss(level: Level, depth: Tensor, rendered: Tensor, sigma: float) -> Tensor:
     """Urban Radiance Fields' depth term, mean over the rays whose depth[R, 1] is known.
 
-    (D̂ - D)² + Σ_near (w - N(t; D, σ/3) δ)² + Σ_empty w², near: |t - D| <= σ, empty: t < D - σ,
-    with distances as shares of D and σ = `sigma`.
+    (D̂ - D)² + Σ (w - m)² over the intervals that begin before D + σ, with distances as shares of D
+    and σ = `sigma`. m is the mass of N(D, σ/3) in an interval, so empty space before D costs w²,
+    and an interval wider than the band that holds D is asked for all the weight.
     """
     known = depth.isfinite() & (depth > 0)
     target = torch.where(known, depth, 1.0)
     edges = level.t / target
-    middle = 0.5 * (edges[:, 1:] + edges[:, :-1])
-    deviation = sigma / 3.0
-    # mass of the normal distribution in each interval, so that sample spacing does not matter
-    mass = 0.5 * torch.erf((edges - 1.0) / (deviation * math.sqrt(2.0)))
-    near = (middle - 1.0).abs() <= sigma
-    expected = torch.where(near, mass[:, 1:] - mass[:, :-1], 0.0)
-    sight = torch.where(middle <= 1.0 + sigma, (level.weights - expected) ** 2, 0.0).sum(dim=-1)
+    cumulative = 0.5 * torch.erf((edges - 1.0) * (3.0 / (sigma * math.sqrt(2.0))))
+    mass = cumulative.diff(dim=-1)
+    seen = edges[:, :-1] <= 1.0 + sigma
+    sight = torch.where(seen, (level.weights - mass) ** 2, 0.0).sum(dim=-1)
     loss = sight + (rendered / target - 1.0)[:, 0] ** 2
     known = known[:, 0]
     return torch.where(known, loss, 0.0).sum() / known.sum().clamp_min(1)
