@@ -64,7 +64,7 @@ def _train(arguments: list[str]) -> int:
         _say(error)
         return 1
     except KeyboardInterrupt:
-        _say("stopped before training began")
+        _say("stopped by Ctrl-C")
         return 130
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -17,6 +18,11 @@ from rayfuse.train.features import FeatureConfig
 from rayfuse.train.field import FieldConfig
 from rayfuse.train.model import SamplerConfig
 from rayfuse.train.objective import ObjectiveConfig
+
+
+def _arg(metavar: str, hint: str) -> Any:
+    """How --help shows an option whose default is worked out later."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"({hint})")
 
 
 @dataclass
@@ -47,21 +53,22 @@ class TrainConfig:
     it, the Motorcycle stereo pair that scikit-image installs is used.
     """
 
-    scene: tyro.conf.Positional[Path | None] = None
-    """Folder with transforms.json, or that file. [default: the Motorcycle pair]"""
-    preset: str = ""
-    """Where all other values start: demo, photos, nerfacto or tiny (see below).
-    [default: demo for the Motorcycle pair, photos for a SCENE]"""
-    downscale: int = 0
-    """Average the photographs over blocks of this side. [default: 2 for Motorcycle, else 1]"""
+    scene: Annotated[
+        Path | None, tyro.conf.Positional, _arg("[SCENE]", "default: the Motorcycle pair")
+    ] = None
+    """Folder with transforms.json, or that file."""
+    preset: Annotated[str, _arg("NAME", "default: demo for the Motorcycle pair, else photos")] = ""
+    """Where all other values start, see above."""
+    downscale: Annotated[int, _arg("N", "default: 2 for the Motorcycle pair, else 1")] = 0
+    """Average the photographs over blocks of N x N pixels."""
     steps: int = 3000
     """Training steps; the learning rates reach their end at the last one."""
-    output: Path | None = None
-    """Folder for the run, new or empty. [default: runs/<scene>-<date>-<time>]"""
-    resume: Path | None = None
+    output: Annotated[Path | None, _arg("DIR", "default: runs/<scene>-<date>-<time>")] = None
+    """Folder for the run, new or empty."""
+    resume: Annotated[Path | None, _arg("DIR", "default: a new run")] = None
     """Folder of a run to continue from its checkpoint; only --steps and --device then count."""
     seed: int = 0
-    """Same seed, same run (on the same machine and number of threads)."""
+    """Same seed, same run, bit for bit on a CPU."""
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1, xpu, ..."""
     checkpoint_every: int = 500
@@ -138,14 +145,14 @@ def _parse_from(name: str, arguments: Sequence[str]) -> TrainConfig:
     if name not in PRESETS:
         raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}")
     default = replace(PRESETS[name][1], preset=name)
-    presets = "\n\n".join(f"{key}: {about}." for key, (about, _) in PRESETS.items())
+    presets = "\n\n".join(f"preset {key}: {about}." for key, (about, _) in PRESETS.items())
+    about = inspect.cleandoc(TrainConfig.__doc__ or "")
     return tyro.cli(
         TrainConfig,
         args=list(arguments),
         prog="rayfuse train",
         default=default,
-        description=f"{TrainConfig.__doc__}\n\nPresets\n\n{presets}",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        description=f"{about}\n\n{presets}",
     )
 
 
@@ -158,10 +165,25 @@ def check(config: TrainConfig) -> None:
         "optimiser.rays-per-step": config.optimiser.rays_per_step,
         "sampler.num-nerf-samples-per-ray": config.sampler.num_nerf_samples_per_ray,
         "sampler.num-proposal-samples-per-ray": min(config.sampler.num_proposal_samples_per_ray),
+        "field.levels": config.field.levels,
+        "field.channels": config.field.channels,
+        "field.hidden": config.field.hidden,
+        "field.feature-levels": config.field.feature_levels,
+        "field.feature-channels": config.field.feature_channels,
     }
     for name, value in positive.items():
         if value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
+    field = config.field
+    if field.coarsest < 2 or min(field.finest, field.feature_finest) < field.coarsest:
+        raise InputError(
+            "--field.coarsest must be at least 2 and at most --field.finest and "
+            f"--field.feature-finest, got {field.coarsest}"
+        )
+    if min(field.proposal_finest) < 8:
+        raise InputError(
+            f"--field.proposal-finest must be at least 8, got {min(field.proposal_finest)}"
+        )
 
 
 def to_json(config: Any) -> Any:

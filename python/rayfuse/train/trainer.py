@@ -195,8 +195,8 @@ def resumed_config(config: TrainConfig, default: TrainConfig) -> tuple[TrainConf
         stored = replace(stored, steps=config.steps)
     if config.device != default.device:
         stored = replace(stored, device=config.device)
-    if stored.steps <= state["step"]:
-        raise InputError(f"steps must exceed the {state['step']} already made, got {stored.steps}")
+    if stored.steps < state["step"]:
+        raise InputError(f"--steps must be at least the {state['step']} made, got {stored.steps}")
     return stored, state
 
 
@@ -267,13 +267,19 @@ def _device(name: str) -> torch.device:
 
 
 def train(config: TrainConfig, console: Console | None = None) -> int:
-    """Trains, evaluates and reports; returns the exit code (130 after Ctrl-C)."""
+    """Trains, evaluates and reports; returns the exit code (130 after Ctrl-C).
+
+    Sets torch to flush denormal numbers, for the whole process.
+    """
     # unused grid rows decay to denormals, which slow the optimiser ten times
     torch.set_flush_denormal(True)
     console = console or Console()
     state = None
     if config.resume is not None:
         config, state = resumed_config(config, PRESETS[config.preset][1])
+    elif config.scene is not None:
+        # a resumed run must find it from anywhere
+        config = replace(config, scene=config.scene.resolve())
     check(config)
     device = _device(config.device)
 
@@ -292,7 +298,10 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
         state = None
     _describe(console, trainer, run_dir)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output must be a folder that can be made, got {error}") from error
     _keep_steps(run_dir / "metrics.jsonl", trainer.step)
     versions = {
         "rayfuse": rayfuse.__version__,
@@ -383,7 +392,8 @@ def _loop(trainer: Trainer, run_dir: Path, console: Console) -> bool:
             profile.__exit__(None, None, None)
     if trainer.step < config.steps:
         return False
-    _write_json(run_dir / "profile.json", profile.summary(step_ms, trainer.objective.backends))
+    if profile.steps:
+        _write_json(run_dir / "profile.json", profile.summary(step_ms, trainer.objective.backends))
     return True
 
 
