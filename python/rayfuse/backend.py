@@ -69,7 +69,9 @@ def reason(name: str) -> str | None:
 
 def _cpu_reason(wanted: str | None) -> str | None:
     if wanted is None:
-        return f"no library in {LIBRARY_FOLDER}: rayfuse was installed without a C++ compiler"
+        return (
+            f"no library in {LIBRARY_FOLDER}: there was no C++ compiler, or no torch, to build it"
+        )
     if wanted not in isas():
         have = ", ".join(isas()) or "none"
         return f"instruction set {wanted!r} is not in this build or processor (usable: {have})"
@@ -100,6 +102,7 @@ def backends() -> dict[str, str]:
     """Every backend of rayfuse, and `"available"` or the reason why it is not.
 
     Example:
+        >>> import torch, rayfuse
         >>> rayfuse.backends()["ref"]
         'available'
     """
@@ -133,6 +136,7 @@ class use_backend:
             called; it never falls through to another.
 
     Example:
+        >>> import torch, rayfuse
         >>> with rayfuse.use_backend("ref"):
         ...     loss = rayfuse.distortion_loss(torch.tensor([0.0, 0.5, 1.0]), torch.ones(2))
         >>> rayfuse.last_backend()
@@ -257,6 +261,7 @@ def debug(on: bool = True) -> Iterator[None]:
     on for the whole process.
 
     Example:
+        >>> import torch, rayfuse
         >>> with rayfuse.debug():
         ...     rayfuse.distortion_loss(torch.tensor([0.0, 1.0, 0.5]), torch.ones(2))
         Traceback (most recent call last):

@@ -59,6 +59,7 @@ class Op:
         self, reference: Callable, signature: dims.Signature, domain: dict[str, Domain]
     ) -> None:
         self.reference = reference
+        self.parameters = [*inspect.signature(reference).parameters.values()]
         self.name = reference.__name__
         self.signature = signature
         self.inputs = [array.name for array in signature.inputs]
@@ -79,53 +80,51 @@ class Op:
 
     def public(self) -> Callable:
         """The function that users call: checks, then the autograd Function."""
-        check, arity = self.check, len(self.inputs)
-        self._parameters = inspect.signature(self.reference).parameters
-        function, transformable = self.Function, self.Transformable
+        arity, function, transformable = len(self.inputs), self.Function, self.Transformable
 
         def apply(
-            reduction: str | None, denominator: Any, args: tuple[Tensor, ...], named: dict
+            args: tuple[Tensor, ...],
+            named: dict[str, Tensor],
+            reduction: str | None = None,
+            denominator: float | Tensor | None = None,
         ) -> Any:
             if named or len(args) != arity:
                 args = self._positional(args, named)
-            check(args)
+            self.check(args)
             if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
                 return transformable.apply(reduction, denominator, *args)
             return function.apply(reduction, denominator, *args)
 
+        def loss(
+            *args: Tensor,
+            reduction: str = "mean",
+            denominator: float | Tensor | None = None,
+            **named: Tensor,
+        ) -> Any:
+            if reduction != "mean":
+                self._check_reduction(reduction, denominator)
+            return apply(args, named, reduction, denominator)
+
+        def outputs(*args: Tensor, **named: Tensor) -> Any:
+            return apply(args, named)
+
+        doc = inspect.getdoc(self.reference) or ""
+        parameters = self.parameters
         if self.is_loss:
-
-            def call(
-                *args: Tensor,
-                reduction: str = "mean",
-                denominator: float | Tensor | None = None,
-                **named: Tensor,
-            ) -> Any:
-                if reduction != "mean":
-                    self._check_reduction(reduction, denominator)
-                return apply(reduction, denominator, args, named)
-        else:
-
-            def call(*args: Tensor, **named: Tensor) -> Any:
-                return apply(None, None, args, named)
-
-        functools.update_wrapper(call, self.reference)
-        parameters = [*self._parameters.values()]
-        if self.is_loss:
-            keyword_only = inspect.Parameter.KEYWORD_ONLY
-            parameters += [
-                inspect.Parameter("reduction", keyword_only, default="mean"),
-                inspect.Parameter("denominator", keyword_only, default=None),
-            ]
-            head, args, tail = (inspect.getdoc(self.reference) or "").partition("\n\nReturns:")
-            call.__doc__ = head + "\n" + _REDUCTION_DOC.rstrip() + args + tail
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        call.op, call.Function = self, self.Function  # type: ignore[attr-defined]
+            keywords = inspect.signature(loss).parameters
+            extra = [keywords["reduction"], keywords["denominator"]]
+            parameters = [*parameters, *extra]
+            head, returns, tail = doc.partition("\n\nReturns:")
+            doc = head + "\n" + _REDUCTION_DOC.rstrip() + returns + tail
+        call: Any = functools.update_wrapper(loss if self.is_loss else outputs, self.reference)
+        call.__doc__ = doc
+        call.__signature__ = inspect.Signature(parameters)
+        call.op, call.Function = self, self.Function
         return call
 
     def _positional(self, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Tensor, ...]:
         try:
-            bound = inspect.Signature([*self._parameters.values()]).bind(*args, **named)
+            bound = inspect.Signature(self.parameters).bind(*args, **named)
         except TypeError as error:
             raise TypeError(f"{self.name}: {error}") from None
         return bound.args
@@ -142,7 +141,9 @@ class Op:
                 rule = f"be {_plain(first.dtype)} like {self.inputs[0]}"
                 self._fail(TypeError, name, rule, _plain(arg.dtype))
             if arg.device != first.device:
-                self._fail(ValueError, name, f"be on {first.device} like t", arg.device)
+                self._fail(
+                    ValueError, name, f"be on {first.device} like {self.inputs[0]}", arg.device
+                )
         if first.dtype not in FLOATS:
             rule = "be " + ", ".join(map(_plain, FLOATS[:-1])) + f" or {_plain(FLOATS[-1])}"
             self._fail(TypeError, self.inputs[0], rule, _plain(first.dtype))
@@ -338,8 +339,7 @@ def _autograd_functions(name: str) -> tuple[type[torch.autograd.Function], ...]:
             else:
                 chosen = _OPS[name].kernels.choose(inputs[0].device.type, ctx.backend)
                 grads = chosen.run_bwd((*d_outputs, *inputs), _mask(needs))
-            if len(inputs) == 1:
-                grads = (grads,)
+            grads = (grads,) if isinstance(grads, Tensor) else grads
             return None, None, *[grads[i] if needs[i] else None for i in range(len(needs))]
 
     class Transformable(Function):
@@ -349,7 +349,8 @@ def _autograd_functions(name: str) -> tuple[type[torch.autograd.Function], ...]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            save(ctx, *inputs[:2], inputs[2:])
+            reduction, denominator, *tensors = inputs
+            save(ctx, reduction, denominator, tensors)
 
         @staticmethod
         def vmap(

@@ -30,6 +30,7 @@ def distortion_loss(t: Tensor, w: Tensor) -> Tensor:
         Barron et al., Mip-NeRF 360 (2022), eq. 15.
 
     Example:
+        >>> import torch, rayfuse
         >>> t = torch.linspace(0, 1, 5)
         >>> rayfuse.distortion_loss(t, torch.tensor([0.0, 0.5, 0.5, 0.0]))
         tensor(0.1667)

@@ -1,0 +1,75 @@
+# Every target makes what it needs, from an empty folder: the virtual environment, torch, the
+# libraries. `make help` lists them.
+
+PYTHON ?= python3
+# the development pin; the package itself asks for torch>=2.10
+TORCH ?= torch==2.13.0
+# the oldest that the stable ABI target allows
+OLD_TORCH ?= torch==2.10.*
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# torch is there already: an isolated build would not see it
+INSTALL := $(PIP) install -q --no-build-isolation
+
+.PHONY: help build test test-all test-abi bench check format demo wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.with-train  ## train a feature field on two photographs; report in runs/
+	$(BIN)/rayfuse train
+
+test: $(VENV)/.with-train $(VENV)/.with-test  ## the whole suite but the slow tests
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.with-train $(VENV)/.with-test  ## the suite with the slow tests
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-abi: $(VENV)/.built  ## load this build under an older torch, in a second environment
+	$(PYTHON) -m venv .venv-abi
+	.venv-abi/bin/pip install -q "$(OLD_TORCH)" numpy
+	PYTHONPATH=python .venv-abi/bin/python tests/abi.py
+
+bench: $(VENV)/.with-bench  ## every op against its peers and the machine's limit
+	$(BIN)/python -m pytest bench
+
+check: $(VENV)/.with-train $(VENV)/.with-test $(VENV)/.with-check  ## what CI runs before the tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --doctest-modules python/rayfuse tests/test_law.py
+
+format: $(VENV)/.with-check  ## write all sources in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+build: $(VENV)/.built  ## the virtual environment with an editable install
+
+wheel: $(VENV)/.built  ## one wheel for every Python and torch, in dist/
+	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+clean:  ## all that make made
+	rm -rf build dist .venv .venv-abi python/rayfuse/lib python/*.egg-info
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "$(TORCH)" numpy "setuptools>=77" ninja
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
+	$(INSTALL) --no-deps -e .
+	@touch $@
+
+$(VENV)/.with-%: pyproject.toml | $(VENV)/.built
+	$(INSTALL) -e '.[$*]'
+	$(if $(NO_DEPS_$*),$(INSTALL) --no-deps $(NO_DEPS_$*))
+	@touch $@
+
+# the weights of a real network in a wheel whose own requirements would replace torch
+NO_DEPS_train := stlpips-pytorch==0.0.2
+NO_DEPS_bench := torch_efficient_distloss==0.1.3
