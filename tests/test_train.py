@@ -344,6 +344,11 @@ class TestModel:
         through = torch.cumprod(F.pad(1 - alpha, (1, 0), value=1.0), -1)[:, :-1]
         assert torch.allclose(weights_from_density(density, t), through * alpha)
 
+    def test_an_opaque_sample_leaves_those_before_it_exact(self):
+        weights = weights_from_density(torch.tensor([[0.5, 1e8, 3.0]]), torch.arange(4.0)[None])
+        through = math.exp(-0.5)
+        assert torch.allclose(weights, torch.tensor([[1 - through, through, 0.0]]), rtol=1e-6)
+
     def test_resampling_follows_the_weights(self):
         s = torch.linspace(0, 1, 5, dtype=torch.double)[None].expand(3, 5)
         weights = torch.tensor([[0.0, 1.0, 0.0, 0.0]], dtype=torch.double).expand(3, 4)

@@ -94,8 +94,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         replace(
             _SMALL,
             objective=replace(_SMALL.objective, depth_loss_mult=0.02),
-            field=FieldConfig(levels=5, log2_rows=19, finest=160),
-            optimiser=replace(_SMALL.optimiser, grid_decay=0.3),
+            field=FieldConfig(levels=5, log2_rows=19, finest=200),
+            optimiser=replace(_SMALL.optimiser, grid_lr=0.03, grid_decay=0.1),
         ),
     ),
     "photos": ("a scene of tens of small photographs in minutes on two cores", _SMALL),

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.profiler import record_function
 
 from rayfuse.train.field import Field, FieldConfig, ProposalField
@@ -41,10 +42,10 @@ class Level:
 class Outputs:
     """What one batch of rays renders to.
 
-    rgb[R, 3] without background, accumulation[R, 1], depth[R, 1] (expected distance), levels
-    from coarse to fine, features by head [R, C]; background_rgb[R, 3] is the last sample's colour.
-    Only where normals are asked for: normals and predicted_normals [R', S, 3] with their
-    normal_weights[R', S] and normal_directions[R', 3], for the first R' rays.
+    rgb[R, 3] without background, accumulation[R, 1], depth[R, 1] (expected distance), last_rgb
+    [R, 3] (the colour of the last sample), levels from coarse to fine, features by head [R, C].
+    For the first R' rays, where normals are asked for: normals and predicted_normals
+    [R', S, 3], normal_directions[R', 3]; else None.
     """
 
     rgb: Tensor
@@ -61,8 +62,8 @@ class Outputs:
 def weights_from_density(density: Tensor, t: Tensor) -> Tensor:
     """w = T (1 - exp(-σδ)), T = exp(-Σ earlier σδ): density[R, S], edges t[R, S+1] -> [R, S]."""
     x = density * (t[:, 1:] - t[:, :-1])
-    through = torch.exp(-(torch.cumsum(x, dim=-1) - x))
-    return through * -torch.expm1(-x)
+    before = F.pad(torch.cumsum(x[:, :-1], dim=-1), (1, 0))
+    return torch.exp(-before) * -torch.expm1(-x)
 
 
 def resample(s: Tensor, weights: Tensor, count: int, padding: float, jitter: Tensor) -> Tensor:
