@@ -7,6 +7,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
@@ -19,6 +23,19 @@ using torch::stable::Tensor;
 
 inline bool is_half(const Tensor& x) {
   return x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
+}
+
+// Fresh memory costs a page fault every 4 KiB, more time than most kernels take to fill it: writing
+// 12.6 MB of it took 1.9 ms, 0.8 ms with huge pages, 0.06 ms if it was not fresh (2 threads).
+inline void prefer_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < int64_t{4} << 20) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  // a hint: where it is refused nothing is lost
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 // An uninitialised contiguous tensor on the device of `like`. Straight to the allocator: the
@@ -35,7 +52,11 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, int32
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
                                                          dtype, device_type,
                                                          like.get_device_index(), &out));
-  return Tensor(out);
+  const Tensor tensor(out);
+  if (device_type == aoti_torch_device_type_cpu()) {
+    prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  }
+  return tensor;
 }
 
 inline int32_t dtype_of(const Tensor& x) {
