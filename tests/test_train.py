@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from rayfuse import cli
-from rayfuse.train import InputError, trainer
+from rayfuse.train import InputError, InputWarning, trainer
 from rayfuse.train import scene as scenes
 from rayfuse.train.config import PRESETS, TrainConfig, from_json, parse, to_json
 from rayfuse.train.evaluate import render_view
@@ -226,7 +226,7 @@ class TestScene:
     def test_a_minority_of_missing_images_is_left_out_with_a_warning(self, own_ball):
         folder, _, _ = own_ball
         (folder / "images" / "001.png").unlink()
-        with pytest.warns(UserWarning, match=r"1 of the 4 images .* left out, .*001\.png"):
+        with pytest.warns(InputWarning, match=r"1 of the 4 images .* left out, .*001\.png"):
             assert scenes.load_scene(folder).names == ["000", "002", "003"]
 
     def test_pixels_are_filled_from_their_side_neighbours(self):

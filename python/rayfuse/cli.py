@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 USAGE = """\
 usage: rayfuse COMMAND ...
@@ -46,7 +47,7 @@ def _say(*message: object) -> None:
 
 def _train(arguments: list[str]) -> int:
     try:
-        from rayfuse.train import InputError
+        from rayfuse.train import InputError, InputWarning
         from rayfuse.train.config import parse
         from rayfuse.train.trainer import train
     except ModuleNotFoundError as error:
@@ -54,9 +55,18 @@ def _train(arguments: list[str]) -> int:
             raise
         sys.stderr.write(INSTALL.format(error.name) + "\n")
         return 2
-    warnings.showwarning = lambda message, *_, **__: _say(message)
+    plain = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, InputWarning):
+            _say(message)
+        else:
+            plain(message, category, *place, **more)
+
     try:
-        return train(parse(arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            return train(parse(arguments))
     except InputError as error:
         _say(error)
         return 2

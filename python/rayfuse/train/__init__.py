@@ -3,3 +3,7 @@
 
 class InputError(Exception):
     """Something the user gave cannot be used; the message says what must change, in one line."""
+
+
+class InputWarning(UserWarning):
+    """Something the user gave is used only in part."""

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from rayfuse.train import InputError
+from rayfuse.train import InputError, InputWarning
 from rayfuse.train.space import Contraction, Frustum, Space
 
 HOLD_OUT_EVERY = 8  # of the views of a transforms.json scene
@@ -362,6 +362,7 @@ def _existing(
         warnings.warn(
             f"{len(missing)} of the {len(frames)} images of {path} do not exist and are left out, "
             f"the first is {missing[0]}",
+            InputWarning,
             stacklevel=2,
         )
     return found

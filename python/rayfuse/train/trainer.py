@@ -318,7 +318,9 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
     save_checkpoint(checkpoint, trainer.state())
     if not finished:
         console.print(
-            f"Stopped at step {trainer.step}. Continue with: rayfuse train --resume {run_dir}"
+            f"Stopped at step {trainer.step}, saved. Continue with: "
+            f"rayfuse train --resume {shlex.quote(str(run_dir))}",
+            soft_wrap=True,
         )
         return 130
 
