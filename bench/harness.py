@@ -1,0 +1,313 @@
+"""Timing of an op beside its peers, on this machine, as multiples of what memory allows.
+
+All contenders of one workload take turns, so that what disturbs the machine disturbs all of them
+alike; medians count. One more contender is torch.add over arrays far larger than the cache: its
+bandwidth is the limit of the same run. Nothing of ours is timed before it agrees with the float64
+reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import peers
+import rayfuse
+import report
+from rayfuse import backend
+
+STREAM_VALUES = 1 << 24
+STREAM_BYTES = 12 * STREAM_VALUES
+# long enough that code and allocator are warm: what one op finds cold is the other's doing
+TURN_SECONDS = 1e-2
+TEST_SECONDS = 4
+SLOW_SECONDS = 0.25
+SLOW_TURNS = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    leading: tuple[int, ...]
+    sizes: dict[str, int]
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, (*self.leading, *self.sizes.values())))
+        short = {torch.bfloat16: " bf16", torch.float16: " f16", torch.float64: " f64"}
+        return shape + short.get(self.dtype, "")
+
+
+@dataclass
+class Turns:
+    """A contender and the time per call in each of its turns, in seconds."""
+
+    call: Callable[[], Any]
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # what compiles, loads or grows on the first calls must not count
+        self.call()
+        self.calls = 1
+        estimate = self._timed()
+        self.calls = max(1, int(TURN_SECONDS / estimate))
+        self.turn_seconds = self.calls * estimate
+
+    def _timed(self) -> float:
+        call = self.call
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            call()
+        return (time.perf_counter() - start) / self.calls
+
+    @property
+    def is_slow(self) -> bool:
+        return self.turn_seconds > SLOW_SECONDS
+
+    def run(self) -> None:
+        if not (self.is_slow and len(self.seconds) == SLOW_TURNS):
+            self.seconds.append(self._timed())
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+
+def take_turns(
+    turns: Sequence[Turns], benchmark: Any = None, seconds: float = TEST_SECONDS
+) -> None:
+    """Time everybody in turn; the last one is what pytest-benchmark records."""
+    one_round = sum(turn.turn_seconds for turn in turns if not turn.is_slow)
+    rounds = min(40, max(7, int(seconds / one_round)))
+
+    def others() -> None:
+        for turn in turns[:-1]:
+            turn.run()
+
+    if benchmark:
+        benchmark.pedantic(turns[-1].run, setup=others, rounds=rounds)
+    else:
+        for _ in range(rounds):
+            others()
+            turns[-1].run()
+
+
+class Streaming:
+    """torch.add over three arrays of 64 MB."""
+
+    def __init__(self) -> None:
+        self.a, self.b, self.out = (torch.ones(STREAM_VALUES) for _ in range(3))
+
+    def __call__(self) -> None:
+        torch.add(self.a, self.b, out=self.out)
+
+
+def peak_extra_megabytes(call: Callable[[], Any]) -> float:
+    """How much the resident memory of the process grows during a call, results included.
+
+    The kernel's own high-water mark, reset before, sees every allocator: torch's, numpy's and what
+    C++ takes. Free memory is given back first, so that none of it is used unseen.
+    """
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return math.nan
+
+    def kilobytes(key: str) -> int:
+        return int(status.read_text().split(f"{key}:")[1].split()[0])
+
+    ctypes.CDLL(None).malloc_trim(0)
+    clear.write_text("5")
+    before = kilobytes("VmRSS")
+    result = call()
+    peak = kilobytes("VmHWM")
+    del result
+    return max(0, peak - before) * 1024 / 1e6
+
+
+def relative_errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """The largest difference of each result, as a part of its largest true value."""
+    errors = (
+        (x.double() - y).abs().max() / y.abs().max() for x, y in zip(results, truth, strict=True)
+    )
+    return [float(error.nan_to_num(math.inf)) for error in errors]
+
+
+def direction_name(wants: Sequence[str]) -> str:
+    return f"forward + backward to {' and '.join(wants)}" if wants else "forward"
+
+
+class Bench:
+    """The bench of one op: derive, name the op and its workloads, add its own peers."""
+
+    op: Callable[..., Tensor]
+    workloads: Sequence[Workload]
+    # gradients wanted, for each table
+    directions: Sequence[tuple[str, ...]] = ((),)
+    peers: Sequence[peers.Peer] = ()
+    # the letter that grows, its values, the leading shape, and the peers that grow along
+    growth: tuple[str, Sequence[int], tuple[int, ...], Sequence[str]]
+    # times the streaming limit: what must be reached, and what is wanted
+    bound, goal = 1.8, 1.2
+    # the page under docs/ that shows the tables
+    page: str
+
+    @property
+    def stem(self) -> str:
+        return self.op.op.name
+
+    def inputs(self, workload: Workload) -> dict[str, Tensor]:
+        samples = self.op.op.sample(workload.leading, workload.dtype, **workload.sizes)
+        return dict(zip(self.op.op.inputs, samples, strict=True))
+
+    def bytes_moved(self, workload: Workload, wants: Sequence[str]) -> int:
+        """What must cross the memory bus: forward reads inputs and writes outputs; backward reads
+        the outputs' gradients and the inputs again, and writes the gradients that are wanted."""
+        signature = self.op.op.signature
+
+        def size(array: Any, itemsize: int) -> int:
+            return math.prod(array.shape(workload.leading, workload.sizes)) * itemsize
+
+        itemsize = workload.dtype.itemsize
+        inputs = {array.name: size(array, itemsize) for array in signature.inputs}
+        outputs = sum(size(array, max(4, itemsize)) for array in signature.outputs)
+        forward = sum(inputs.values()) + outputs
+        return 2 * forward + sum(inputs[name] for name in wants) if wants else forward
+
+    def contenders(self) -> list[peers.Peer]:
+        sets = [f"cpu.{isa}" for isa in backend.isas()[:-1]]
+        slower = [peers.ours(self.op, f"rayfuse {name[4:]}", name) for name in sets]
+        return [peers.ours(self.op), *slower, *self.peers]
+
+    def truth(self, inputs: dict[str, Tensor], wants: Sequence[str], dtype: torch.dtype) -> Any:
+        """The reference in a precision: mean loss and gradients."""
+        return peers.eager("", self.op.op.reference).prepare(
+            {name: x.to(dtype) for name, x in inputs.items()}, wants
+        )()
+
+    def errors(
+        self, results: Sequence[Tensor], inputs: dict[str, Tensor], wants: Sequence[str]
+    ) -> tuple[float, bool]:
+        """The worst error, and whether it is no worse than torch's own and a few roundings."""
+        dtype = next(iter(inputs.values())).dtype
+        truth = self.truth(inputs, wants, torch.float64)
+        torch_errors = relative_errors(self.truth(inputs, wants, dtype), truth)
+        errors = relative_errors(results, truth)
+        return max(errors), all(
+            error <= torch_error + 16 * torch.finfo(x.dtype).eps
+            for x, error, torch_error in zip(results, errors, torch_errors, strict=True)
+        )
+
+    def test_speed(self, benchmark: Any, workload: Workload, wants: tuple[str, ...]) -> None:
+        torch._dynamo.reset()
+        inputs = self.inputs(workload)
+        turns: dict[str, Turns] = {"streaming": Turns(Streaming())}
+        rows = []
+        for peer in reversed(self.contenders()):
+            row = report.Row(self.stem, direction_name(wants), str(workload), peer.name)
+            rows.insert(0, row)
+            row.note = peer.reason(workload, wants)
+            if row.note:
+                continue
+            call = peer.prepare(inputs, wants)
+            start = time.perf_counter()
+            results = call()
+            row.first_call_s = time.perf_counter() - start
+            row.error, row.agrees = self.errors(results, inputs, wants)
+            if peer.name.startswith("rayfuse"):
+                assert rayfuse.last_backend() != "ref", f"{peer.name} fell back on the reference"
+                assert row.agrees, f"{peer.name} is off by {row.error:.1e}: not timed"
+            del results
+            turns[peer.name] = Turns(call)
+
+        take_turns([*turns.values()], benchmark)
+        # memory last: it gives free pages back, which the next call would have to fault in again
+        bandwidth = STREAM_BYTES / turns["streaming"].median
+        moved = self.bytes_moved(workload, wants)
+        for row in rows:
+            if row.contender in turns:
+                row.ms = turns[row.contender].median * 1e3
+                row.gb_per_s = moved / row.ms / 1e6
+                row.times_limit = row.ms / 1e3 / (moved / bandwidth)
+                row.memory_mb = peak_extra_megabytes(turns[row.contender].call)
+            row.streaming_gb_per_s = bandwidth / 1e9
+            report.add(row)
+        benchmark.extra_info |= dict(
+            calls_per_round=turns["rayfuse"].calls, rows=[row.as_dict() for row in rows]
+        )
+
+    def test_growth(self) -> None:
+        letter, values, leading, along = self.growth
+        wants = self.directions[1]
+        for value in values:
+            workload = Workload(leading, {letter: value})
+            inputs = self.inputs(workload)
+            turns = {}
+            for peer in reversed(self.contenders()):
+                if peer.name not in ("rayfuse", *along) or peer.reason(workload, wants):
+                    continue
+                turns[peer.name] = Turns(peer.prepare(inputs, wants))
+            take_turns([*turns.values()], seconds=TEST_SECONDS / 2)
+            for name, turn in reversed(turns.items()):
+                table = f"growth with {letter}, {direction_name(wants)}, {leading[0]} rays"
+                row = report.Row(self.stem, table, str(value), name, ms=turn.median * 1e3)
+                row.memory_mb = peak_extra_megabytes(turn.call)
+                report.add(row)
+
+    def test_call_overhead(self) -> None:
+        """A tiny call less the raw kernel, and beside it the least that an autograd.Function costs:
+        one that does nothing but call the same kernels."""
+        inputs = self.op.op.sample((1,), **dict.fromkeys(self.workloads[0].sizes, 2))
+        wanted = [
+            x.requires_grad_(name in self.directions[1])
+            for name, x in zip(self.op.op.inputs, inputs, strict=True)
+        ]
+        wanted = [x for x in wanted if x.requires_grad]
+        needs = sum(x.requires_grad << i for i, x in enumerate(inputs))
+        raw = self.op.op.kernels.choose("cpu")
+        plain = [x.detach() for x in inputs]
+        d_out = torch.ones_like(raw.fwd(*plain))
+
+        class Least(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+                ctx.save_for_backward(*inputs)
+                return raw.fwd(*inputs)
+
+            @staticmethod
+            def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+                grads = raw.bwd(d_out, *ctx.saved_tensors, needs)
+                return tuple(
+                    g if x.requires_grad else None for g, x in zip(grads, inputs, strict=True)
+                )
+
+        def backward_of(loss: Tensor) -> Callable[[], Any]:
+            d_loss = torch.ones_like(loss)
+            return lambda: torch.autograd.grad(loss, wanted, d_loss, retain_graph=True)
+
+        forward = {
+            f'reduction="{name}"': (lambda name=name: self.op(*inputs, reduction=name))
+            for name in ("none", "mean")
+        }
+        forward["least autograd.Function"] = lambda: Least.apply(*inputs)
+        backward = {name: backward_of(call()) for name, call in forward.items()}
+        forward["raw kernel"] = lambda: raw.fwd(*plain)
+        backward["raw kernel"] = lambda: raw.bwd(d_out, *plain, needs)
+        for direction, calls in (("forward", forward), ("backward", backward)):
+            turns = {name: Turns(call) for name, call in calls.items()}
+            for turn in turns.values():
+                turn.calls = 500
+            take_turns([*turns.values()], seconds=2)
+            kernel = turns.pop("raw kernel").median
+            table = "call overhead"
+            report.add(report.Row(self.stem, table, direction, "raw kernel", ms=kernel * 1e3))
+            for name, turn in turns.items():
+                over = (turn.median - kernel) * 1e3
+                report.add(report.Row(self.stem, table, direction, name, ms=over))
