@@ -13,13 +13,13 @@ namespace rayfuse {
 namespace {
 
 // The pass from the left, a block at a time.
-template <class T>
+template <class T, bool long_rays>
 struct LeftPass {
   using A = accumulator<T>;
 
   Rays<const T> t, w;
   int64_t S;
-  LeftSum<A> weight = {}, spread = {};
+  LeftSum<A, long_rays> weight = {}, spread = {};
   // before the first edge any finite value will do: no weight lies there
   Delay<A> t0_of{t.broadcast_at(0)}, t_before_of{t.broadcast_at(0)};
   Block<A> w0 = {}, left = {}, gap = {}, width = {}, spread_left = {};
@@ -36,7 +36,7 @@ struct LeftPass {
 };
 
 // Rays begin..end.
-template <class T>
+template <bool long_rays, class T>
 RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S,
                            const T* t,              // [R, S+1]
                            const T* w,              // [R, S]
@@ -44,8 +44,8 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S,
   using A = accumulator<T>;
   for (int64_t r = begin; r < end; r += kRays<A>) {
     const int count = std::min<int64_t>(kRays<A>, end - r);
-    LeftPass<T> pass{{t + r * (S + 1), S + 1, count}, {w + r * S, S, count}, S};
-    TwoLevelSum<A> total;
+    LeftPass<T, long_rays> pass{{t + r * (S + 1), S + 1, count}, {w + r * S, S, count}, S};
+    LevelledSum<A, long_rays> total;
     for (int64_t k = 0; k < S; k += kLanes<A>) {
       pass.step(k);
       total.add(sum_columns(pass.w0 * (pass.spread_left + A(1) / 3 * (pass.w0 * pass.width))));
@@ -62,7 +62,7 @@ struct Kept {
 };
 
 // Rays begin..end.
-template <bool with_d_t, class T>
+template <bool long_rays, bool with_d_t, class T>
 RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S,
                               const accumulator<T>* d_loss,  // [R]
                               const T* t,                    // [R, S+1]
@@ -75,9 +75,12 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S,
   std::vector<Kept<A>> kept(blocks);
   for (int64_t r = begin; r < end; r += kRays<A>) {
     const int count = std::min<int64_t>(kRays<A>, end - r);
-    LeftPass<T> pass{{t + r * (S + 1), S + 1, count}, {w + r * S, S, count}, S};
+    LeftPass<T, long_rays> pass{{t + r * (S + 1), S + 1, count}, {w + r * S, S, count}, S};
+    const Rays<T> d_t_rays{d_t + r * (S + 1), S + 1, count}, d_w_rays{d_w + r * S, S, count};
     Delay<A> w_before_of{vec<A>{}};
     for (int64_t i = 0; i < blocks; ++i) {
+      if (with_d_t) d_t_rays.prefetch_for_store(i * N);
+      if (d_w) d_w_rays.prefetch_for_store(i * N);
       pass.step(i * N);
       pass.w0.store_to(kept[i].w);
       pass.gap.store_to(kept[i].gap);
@@ -94,10 +97,9 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S,
       d_t[(r + i) * (S + 1) + S] = narrow<T>(d_loss[r + i] * w_last * pull);
     }
 
-    const Rays<T> d_t_rays{d_t + r * (S + 1), S + 1, count}, d_w_rays{d_w + r * S, S, count};
     const vec<A> d_loss_here = Rays<const A>{d_loss + r, 1, count}.broadcast_at(0);
     const auto scale = each_column<A>([&](int) { return d_loss_here; });
-    RightSum<A> weight, spread;
+    RightSum<A, long_rays> weight, spread;
     for (int64_t i = blocks - 1; i >= 0; --i) {
       const auto [right, right_or_here] = weight.add(kept[i].w);
       const int64_t k = i * N;
@@ -130,7 +132,9 @@ Tensor fwd(const Tensor& t, const Tensor& w) {
     const T *t_ptr = data<T>(t), *w_ptr = data<T>(w);
     auto* loss_ptr = mutable_data<accumulator<T>>(loss);
     for_rays<accumulator<T>>(loss.numel(), S, [=](int64_t begin, int64_t end) {
-      losses(begin, end, S, t_ptr, w_ptr, loss_ptr);
+      as_constant(is_long<accumulator<T>>(S), [=](auto long_rays) {
+        losses<long_rays>(begin, end, S, t_ptr, w_ptr, loss_ptr);
+      });
     });
   });
   return loss;
@@ -147,8 +151,11 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t, const Tens
     const T *t_ptr = data<T>(t), *w_ptr = data<T>(w);
     T *d_t_ptr = mutable_data<T>(d_t), *d_w_ptr = mutable_data<T>(d_w);
     for_rays<A>(d_loss.numel(), S, [=](int64_t begin, int64_t end) {
-      (d_t_ptr ? gradients<true, T> : gradients<false, T>)(begin, end, S, d_loss_ptr, t_ptr, w_ptr,
-                                                           d_t_ptr, d_w_ptr);
+      as_constant(is_long<A>(S), [=](auto long_rays) {
+        as_constant(d_t_ptr != nullptr, [=](auto with_d_t) {
+          gradients<long_rays, with_d_t>(begin, end, S, d_loss_ptr, t_ptr, w_ptr, d_t_ptr, d_w_ptr);
+        });
+      });
     });
   });
   return {d_t, d_w};
