@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "doctor":
         from rayfuse import doctor
 
-        return doctor.main() or 0
+        return doctor.main()
     asked = command in ("-h", "--help", "help")
     if command == "--version":
         import rayfuse

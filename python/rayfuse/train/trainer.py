@@ -444,6 +444,6 @@ def _close(console: Console, result: dict[str, Any], report: Path) -> None:
         )
     for name, value in result["seconds"].items():
         table.add_row(f"{name} time", f"{value:.1f} s")
-    table.add_row("peak memory", f"{result['peak_memory_mb']:.0f} MB")
+    table.add_row("peak memory", f"{result['peak_memory_mb']:.0f} MiB")
     console.print(table)
     console.print(f"report: {report}", soft_wrap=True)
