@@ -68,10 +68,12 @@ class Signature:
                     raise ShapeError(self._must(array, leading, sizes, shape))
         return leading or (), sizes
 
-    def leading(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+    def leading(self, inputs: Sequence[Any]) -> Any:
         """The leading shape of inputs that fit."""
-        array, x = next((a, x) for a, x in zip(self.inputs, inputs, strict=True) if a.leading)
-        return x.shape[: x.dim() - len(array.dims)]
+        for array, x in zip(self.inputs, inputs, strict=True):
+            if array.leading:
+                return x.shape[: x.dim() - len(array.dims)]
+        raise ValueError("no input has leading dimensions")
 
     def _must(
         self,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +72,7 @@ class Op:
                 *(backend.library_namespace(f"cpu.{isa}") for isa in backend.ISAS),
             )
         ]
+        self._passed: set[tuple] = set()
         self.Function, self.Transformable = _autograd_functions(self.name)
         _OPS[self.name] = self
 
@@ -90,7 +90,7 @@ class Op:
         ) -> Any:
             if named or len(args) != arity:
                 args = self._positional(args, named)
-            self.check(args)
+            self._check_once(args)
             if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
                 return transformable.apply(reduction, denominator, *args)
             return function.apply(reduction, denominator, *args)
@@ -130,6 +130,20 @@ class Op:
         return bound.args
 
     # ---- checks
+
+    def _check_once(self, args: Sequence[Any]) -> None:
+        """Check arguments unless some of the same shapes, dtypes and devices have passed before."""
+        if torch.compiler.is_compiling() or backend.debugging():
+            return self.check(args)
+        try:
+            key = tuple([(x.shape, x.dtype, x.device) for x in args])
+        except AttributeError:  # not a tensor
+            return self.check(args)
+        if key not in self._passed:
+            self.check(args)
+            if len(self._passed) == _PASSED_AT_MOST:
+                self._passed.clear()
+            self._passed.add(key)
 
     def check(self, args: Sequence[Tensor]) -> None:
         """Raise ValueError or TypeError, in one wording, unless the arguments fit the spec."""
@@ -289,6 +303,9 @@ class Op:
         ]
 
 
+# a training run has a handful of shapes; one whose shapes never repeat must not fill the memory
+_PASSED_AT_MOST = 1024
+
 # Functions find their op here by name: a compiler can trace a global, not an object in a closure
 _OPS: dict[str, Op] = {}
 
@@ -301,13 +318,16 @@ def _autograd_functions(name: str) -> tuple[type[torch.autograd.Function], ...]:
     raw = getattr(torch.ops.rayfuse, name).default
     raw_bwd = getattr(torch.ops.rayfuse, f"{name}_bwd").default
 
-    def run(reduction: str | None, denominator: Any, inputs: Sequence[Tensor]) -> Any:
+    def run(inputs: Sequence[Tensor]) -> Any:
         if torch.compiler.is_compiling():
-            out = raw(*inputs)
-        else:
-            # past torch.ops, which costs more than all the rest of an eager call
-            out = _OPS[name].kernels.choose(inputs[0].device.type).run_fwd(inputs)
-        return _reduced(out, reduction, denominator) if reduction in ("mean", "sum") else out
+            return raw(*inputs)
+        # past torch.ops, which costs more than all the rest of an eager call
+        return _OPS[name].kernels.choose(inputs[0].device.type).run_fwd(inputs)
+
+    def reduce(out: Tensor, reduction: str | None, denominator: Any) -> Tensor:
+        if reduction not in ("mean", "sum"):
+            return out
+        return _reduced(out, _count(out.shape, reduction, denominator))
 
     def save(ctx: Any, reduction: str | None, denominator: Any, inputs: Sequence[Tensor]) -> None:
         ctx.save_for_backward(*inputs)
@@ -318,20 +338,19 @@ def _autograd_functions(name: str) -> tuple[type[torch.autograd.Function], ...]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, reduction: str | None, denominator: Any, *inputs: Tensor) -> Any:
-            out = run(reduction, denominator, inputs)
+            out = run(inputs)
             save(ctx, reduction, denominator, inputs)
-            return out
+            return reduce(out, reduction, denominator)
 
         @staticmethod
         def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
             inputs = ctx.saved_tensors
             needs = ctx.needs_input_grad[2:]
             if ctx.reduction in ("mean", "sum"):
-                leading = _OPS[name].signature.leading(inputs)
-                d_loss = d_outputs[0].expand(leading)
-                if ctx.reduction == "mean":
-                    d_loss = d_loss / _count(leading, ctx.denominator)
-                d_outputs = (d_loss,)
+                rays = _OPS[name].signature.leading(inputs)
+                d_loss = d_outputs[0].expand(rays)
+                count = _count(rays, ctx.reduction, ctx.denominator)
+                d_outputs = (d_loss if count is None else d_loss / count,)
             if torch.compiler.is_compiling():
                 grads = raw_bwd(*d_outputs, *inputs, _mask(needs))
             elif torch.is_grad_enabled():
@@ -345,7 +364,7 @@ def _autograd_functions(name: str) -> tuple[type[torch.autograd.Function], ...]:
     class Transformable(Function):
         @staticmethod
         def forward(reduction: str | None, denominator: Any, *inputs: Tensor) -> Any:  # type: ignore[override]
-            return run(reduction, denominator, inputs)
+            return reduce(run(inputs), reduction, denominator)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -362,8 +381,8 @@ def _autograd_functions(name: str) -> tuple[type[torch.autograd.Function], ...]:
                 return out, torch.utils._pytree.tree_map(lambda _: 0, out)
             loss = Transformable.apply("none", None, *inputs)
             total = loss.unsqueeze(-1).flatten(1).sum(1)
-            count = _count(loss.shape[1:], denominator)
-            return total if reduction == "sum" else total / count, 0
+            count = _count(loss.shape[1:], reduction, denominator)
+            return total if count is None else total / count, 0
 
     Function.__name__ = Function.__qualname__ = f"{name}.Function"
     return Function, Transformable
@@ -404,15 +423,18 @@ def _accumulated(x: Tensor) -> Tensor:
 _SERIAL_SUM = 1 << 14
 
 
-def _reduced(loss: Tensor, reduction: str, denominator: float | Tensor | None) -> Tensor:
-    """The sum or mean over all rays, the same to the bit for any number of threads."""
-    count = _count(loss.shape, denominator)
+def _reduced(loss: Tensor, count: float | Tensor | None) -> Tensor:
+    """The sum over all rays by the count, the same to the bit for any number of threads."""
     if loss.device.type == "cpu" and loss.numel() > _SERIAL_SUM:
         loss = torch.stack([part.sum() for part in loss.flatten().split(_SERIAL_SUM)])
     total = loss.sum()
-    return total / count if reduction == "mean" else total
+    return total if count is None else total / count
 
 
-def _count(rays: Sequence[int], denominator: float | Tensor | None) -> float | Tensor:
-    """What a mean divides by: no rays give the exact 0 of an empty sum, not 0 / 0."""
-    return max(1, math.prod(rays)) if denominator is None else denominator
+def _count(
+    rays: torch.Size, reduction: str, denominator: float | Tensor | None
+) -> float | Tensor | None:
+    """What divides the sum: no rays give the exact 0 of an empty sum, not 0 / 0."""
+    if reduction == "sum":
+        return None
+    return max(1, rays.numel()) if denominator is None else denominator
