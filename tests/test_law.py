@@ -1,5 +1,6 @@
 """The stem law: one op, one stem, a file of that stem in every folder; no orphans."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,12 @@ def test_op_is_public_documented_and_in_the_readme(stem):
 def test_every_library_holds_every_op(stem):
     for isa in isas():
         getattr(rayfuse, stem).op.kernels.choose("cpu", f"cpu.{isa}")
+
+
+def test_example_in_the_readme_runs():
+    """Its own assertion included."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(compile(example, "README.md", "exec"), {})
 
 
 def test_tests_derive_from_the_contract():
