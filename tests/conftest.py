@@ -1,5 +1,7 @@
 """Backends and element types to test, and the summary of which backends ran."""
 
+import importlib.util
+import os
 from collections import Counter
 
 import pytest
@@ -11,6 +13,14 @@ from rayfuse import backend
 # every instruction set of the CPU library is a backend of its own here
 BACKENDS = ("ref", *(f"cpu.{isa}" for isa in backend.ISAS), "cuda", "triton")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# without a GPU triton's kernels are interpreted: asked for before anything imports triton
+if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if backend.interpreting() and importlib.util.find_spec("triton"):
+    importlib.import_module("strict_interpreter").install()
+# GPU kernels that run on the CPU here: as many rays as elsewhere would take minutes
+EMULATED = {"triton"} if backend.interpreting() else set()
 
 _ran: Counter[str] = Counter()
 
@@ -31,13 +41,19 @@ def forced_backend(request):
     _ran[request.param] += 1
 
 
+def device_of(name):
+    """The device whose tensors a backend is tested with here."""
+    return "cuda" if name in ("cuda", "triton") and name not in EMULATED else "cpu"
+
+
 @pytest.fixture
 def device(forced_backend):
-    return "cuda" if forced_backend in ("cuda", "triton") else "cpu"
+    return device_of(forced_backend)
 
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("backends")
     for name in BACKENDS:
         ran = f"{_ran[name]} tests" if _ran[name] else "none of these tests"
-        terminalreporter.write_line(f"{name:14} {ran:22} {backend.reason(name) or 'available'}")
+        available = "available, emulated on the CPU" if name in EMULATED else "available"
+        terminalreporter.write_line(f"{name:14} {ran:22} {backend.reason(name) or available}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rayfuse
-from conftest import DTYPES
+from conftest import DTYPES, EMULATED
 from rayfuse import backend
 from rayfuse.op import HALVES
 
@@ -227,7 +227,7 @@ class Contract:
     def test_result_is_the_same_to_the_bit_for_any_number_of_threads(self, forced_backend, device):
         threads = torch.get_num_threads()
         # so many rays that torch's own sum of them depends on the number of threads
-        for rays in (100_003, 200_003):
+        for rays in (1_003,) if forced_backend in EMULATED else (100_003, 200_003):
             args = self.inputs((rays,), device=device, **self.sizes[2])
             results = []
             try:

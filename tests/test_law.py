@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROLES = {
     "spec": "python/rayfuse/ops/{}.py",
     "cpu": "csrc/cpu/{}.cpp",
+    "triton": "triton_kernels/{}.py",
     "test": "tests/test_{}.py",
     "bench": "bench/bench_{}.py",
 }
@@ -21,7 +22,6 @@ ROLES = {
 OPTIONAL = {
     "math": "csrc/math/{}.h",
     "cuda": "csrc/cuda/{}.cu",
-    "triton": "triton_kernels/{}.py",
 }
 # files of these patterns that belong to no op
 SHARED = {
@@ -32,6 +32,7 @@ SHARED = {
     "tests/test_train.py",
     "tests/test_report.py",
     "triton_kernels/__init__.py",
+    "triton_kernels/common.py",
     "python/rayfuse/ops/__init__.py",
 }
 

@@ -93,9 +93,19 @@ def _cuda_reason() -> str | None:
 def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    if not (interpreting() or torch.cuda.is_available() or torch.xpu.is_available()):
         return "torch sees no GPU"
     return None
+
+
+def interpreting() -> bool:
+    """Whether triton runs its kernels in Python: it decides when it is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _emulated(device: str) -> tuple[str, ...]:
+    """GPU backends that run on this device type where they are forced, for tests: slowly."""
+    return ("triton",) if device == "cpu" and interpreting() else ()
 
 
 def backends() -> dict[str, str]:
@@ -217,7 +227,8 @@ class Kernels:
         return Chosen(name, *self._load(name))
 
     def _missing(self, name: str, device: str) -> str | None:
-        if name.partition(".")[0] not in _ORDER.get(device, ("ref",)):
+        runs_here = (*_ORDER.get(device, ("ref",)), *_emulated(device))
+        if name.partition(".")[0] not in runs_here:
             return f"it does not run on {device} tensors"
         return reason(name) or (None if self._load(name) else "it has no kernel for this op")
 
@@ -229,7 +240,7 @@ class Kernels:
             if importlib.util.find_spec(module) is None:
                 return ()
             kernels = importlib.import_module(module)
-            return kernels.fwd, kernels.bwd
+            return _on_its_device(kernels.fwd), _on_its_device(kernels.bwd)
         namespace = library_namespace(name)
         directions = self.op, f"{self.op}_bwd"
         # the engine defines the ops of every library; whether the library holds them is its affair
@@ -238,6 +249,19 @@ class Kernels:
             return ()
         fwd, bwd = (getattr(getattr(torch.ops, namespace), op).default for op in directions)
         return fwd, bwd
+
+
+def _on_its_device(kernel: Kernel) -> Kernel:
+    """Triton launches on the current device, wherever the tensors are."""
+
+    def run(*args: Any) -> Any:
+        device = args[0].device
+        if device.type == "cpu":
+            return kernel(*args)
+        with torch.get_device_module(device).device(device):
+            return kernel(*args)
+
+    return run
 
 
 def library_namespace(name: str) -> str:
