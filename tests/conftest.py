@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import rayfuse
+import simt
 from rayfuse import backend
 
 # every instruction set of the CPU library is a backend of its own here
-BACKENDS = ("ref", *(f"cpu.{isa}" for isa in backend.ISAS), "cuda", "triton")
+BACKENDS = ("ref", *(f"cpu.{isa}" for isa in backend.ISAS), "cuda", "simt", "triton")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # without a GPU triton's kernels are interpreted: asked for before anything imports triton
@@ -20,7 +21,9 @@ if not (torch.cuda.is_available() or torch.xpu.is_available()):
 if backend.interpreting() and importlib.util.find_spec("triton"):
     importlib.import_module("strict_interpreter").install()
 # GPU kernels that run on the CPU here: as many rays as elsewhere would take minutes
-EMULATED = {"triton"} if backend.interpreting() else set()
+EMULATED = {"simt", "triton"} if backend.interpreting() else {"simt"}
+if simt.reason() is None:
+    simt.load()
 
 _ran: Counter[str] = Counter()
 

@@ -2,15 +2,18 @@
 
 A backend is found by name alone: the libraries register `torch.ops.rayfuse_<backend>.<op>[_bwd]`
 (one namespace per instruction set on the CPU), the Triton kernels are modules of the op's stem,
-and the reference is the op's own Python function.
+and the reference is the op's own Python function. `simt` is the CUDA kernels run on the host by
+csrc/simt: the tests build and load it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +28,9 @@ LIBRARY_FOLDER = Path(__file__).parent / "lib"
 ISAS = {"baseline": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 _CAPABILITIES = [*ISAS.values()]
 _ORDER = {"cpu": ("cpu", "ref"), "cuda": ("cuda", "triton", "ref"), "xpu": ("triton", "ref")}
-NAMES = ("ref", "cpu", "cuda", "triton")
+NAMES = ("ref", "cpu", "cuda", "triton", "simt")
+# the backends that are libraries with a torch.ops namespace of their own
+LIBRARIES = (*(f"cpu.{isa}" for isa in ISAS), "cuda", "simt")
 
 Kernel = Callable[..., Any]
 
@@ -64,6 +69,8 @@ def reason(name: str) -> str | None:
         return _cuda_reason()
     if backend == "triton":
         return _triton_reason()
+    if backend == "simt" and "rayfuse_simt" not in sys.modules:
+        return "the tests' host executor of the CUDA kernels is not loaded"
     return None
 
 
@@ -86,7 +93,13 @@ def _cuda_reason() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     if not library_path("cuda").exists():
-        return f"{library_path('cuda').name} is not in this build"
+        return f"{library_path('cuda').name} is not in this build (RAYFUSE_CUDA=1 at install)"
+    try:
+        # it needs torch's CUDA functions, which import torch keeps to itself
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cuda.so"), ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(library_path("cuda"))
+    except OSError as error:
+        return f"{library_path('cuda').name} does not load: {error}"
     return None
 
 
@@ -105,7 +118,9 @@ def interpreting() -> bool:
 
 def _emulated(device: str) -> tuple[str, ...]:
     """GPU backends that run on this device type where they are forced, for tests: slowly."""
-    return ("triton",) if device == "cpu" and interpreting() else ()
+    if device != "cpu":
+        return ()
+    return ("simt", "triton") if interpreting() else ("simt",)
 
 
 def backends() -> dict[str, str]:
@@ -245,7 +260,8 @@ class Kernels:
         directions = self.op, f"{self.op}_bwd"
         # the engine defines the ops of every library; whether the library holds them is its affair
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        if not all(has_kernel(f"{namespace}::{op}", "CPU") for op in directions):
+        key = "CUDA" if name == "cuda" else "CPU"
+        if not all(has_kernel(f"{namespace}::{op}", key) for op in directions):
             return ()
         fwd, bwd = (getattr(getattr(torch.ops, namespace), op).default for op in directions)
         return fwd, bwd
