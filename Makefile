@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch is there already: an isolated build would not see it
 INSTALL := $(PIP) install -q --no-build-isolation
 
-.PHONY: help build test test-all test-abi bench check format demo wheel clean
+.PHONY: help build test test-all test-abi gpu-code bench check format demo wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,6 +31,9 @@ test-abi: $(VENV)/.built  ## load this build under an older torch, in a second e
 	$(PYTHON) -m venv .venv-abi
 	.venv-abi/bin/pip install -q "$(OLD_TORCH)" numpy
 	PYTHONPATH=python .venv-abi/bin/python tests/abi.py
+
+gpu-code: $(VENV)/.with-test  ## compile every GPU kernel, GPU or none, and write docs/gpu.md
+	$(BIN)/python tests/gpu_code.py
 
 bench: $(VENV)/.with-bench  ## every op against its peers and the machine's limit
 	$(BIN)/python -m pytest bench

@@ -26,6 +26,8 @@ class Contract:
     # a size in the middle: big enough for every path, small enough for finite differences
     typical: dict[str, int] = {}
     leading = (7,)
+    # what GPU kernels are compiled for: aligned and not, in one block and in many
+    gpu_sizes: tuple[dict[str, int], ...] = ()
 
     def __init_subclass__(cls):
         cls.spec = cls.op.op
@@ -133,6 +135,8 @@ class Contract:
 
     @pytest.mark.parametrize("rays", [(3, 7), (40_000,)], ids=str)
     def test_reductions_agree_with_the_values_per_ray(self, forced_backend, device, rays):
+        if forced_backend in EMULATED:
+            rays = tuple(min(n, 400) for n in rays)
         args = self.inputs(rays, device=device, **self.sizes[1])
         each = self.call(args, reduction="none").double()
         torch.testing.assert_close(self.call(args).double(), each.mean(), rtol=1e-6, atol=0)

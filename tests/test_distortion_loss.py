@@ -26,6 +26,7 @@ class TestDistortionLoss(Contract):
         {"S": S} for S in (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 64, 257)
     )
     typical = {"S": 19}
+    gpu_sizes = ({"S": 128}, {"S": 100}, {"S": 65536})
 
     def bad_calls(self, device):
         yield from super().bad_calls(device)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LAUNCH, accumulator, empty_gradient, tile
+from .common import accumulator, empty_gradient, launch
 
 
 @triton.jit
@@ -56,9 +56,9 @@ def distortion_loss_bwd_kernel(
     t_stride_r,
     NEEDS_D_T: tl.constexpr,
     NEEDS_D_W: tl.constexpr,
+    MAX_BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    MAX_BLOCKS: tl.constexpr,
 ):
     A: tl.constexpr = d_loss_ptr.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -147,18 +147,15 @@ def fwd(t: Tensor, w: Tensor) -> Tensor:
     S = w.shape[-1]
     loss = w.new_empty(w.shape[:-1], dtype=accumulator(w.dtype))
     R = loss.numel()
-    block_r, block_s = tile(S, w.dtype)
-    grid = (triton.cdiv(R, block_r),)
-    distortion_loss_fwd_kernel[grid](loss, t, w, R, S, S + 1, block_r, block_s, **LAUNCH)
+    grid, tile = launch(R, S, w.dtype)
+    distortion_loss_fwd_kernel[grid](loss, t, w, R, S, S + 1, **tile)
     return loss
 
 
 def bwd(d_loss: Tensor, t: Tensor, w: Tensor, needs: int) -> tuple[Tensor, Tensor]:
     S, R = w.shape[-1], d_loss.numel()
     d_t, d_w = empty_gradient(t, needs, 0), empty_gradient(w, needs, 1)
-    block_r, block_s = tile(S, w.dtype)
-    max_blocks = triton.next_power_of_2(max(triton.cdiv(S, block_s), 1))
-    grid = (triton.cdiv(R, block_r),)
+    grid, tile = launch(R, S, w.dtype)
     distortion_loss_bwd_kernel[grid](
         d_t,
         d_w,
@@ -168,11 +165,9 @@ def bwd(d_loss: Tensor, t: Tensor, w: Tensor, needs: int) -> tuple[Tensor, Tenso
         R,
         S,
         S + 1,
-        bool(needs & 1),
-        bool(needs & 2),
-        block_r,
-        block_s,
-        max_blocks,
-        **LAUNCH,
+        NEEDS_D_T=bool(needs & 1),
+        NEEDS_D_W=bool(needs & 2),
+        MAX_BLOCKS=triton.next_power_of_2(max(triton.cdiv(S, tile["BLOCK_S"]), 1)),
+        **tile,
     )
     return d_t, d_w
