@@ -55,6 +55,7 @@ class Code:
     shared: int  # bytes a block
     occupancy: float  # of the warps that a multiprocessor can hold
     load: int  # bits of the widest one
+    wide_index: bool  # the program's index is made 64 bits wide before it is used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Launch:
             self.inputs,
             target,
             shared=shared,
+            wide_index=_is_widened(compiled.asm["ttir"]),
             **read(compiled.asm, warps, SHARED[target] // (shared + 1024)),
         )
 
@@ -94,6 +96,12 @@ class Launch:
             if divisible:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def _is_widened(ttir: str) -> bool:
+    (index,) = re.findall(r"(%\S+) = tt\.get_program_id x", ttir)
+    uses = re.findall(rf"= (.*{re.escape(index)}\b.*) loc", ttir)
+    return uses == [f"arith.extsi {index} : i32 to i64"]
 
 
 def _nvidia(asm: Any, warps: int, blocks: int) -> dict[str, Any]:

@@ -50,6 +50,10 @@ def test_spills_would_be_seen(found):
     assert all(code["spills"] and code["stack"] for code in found["starved"])
 
 
+def test_no_index_of_a_program_overflows(found):
+    assert all(code["wide_index"] for code in found["codes"])
+
+
 @pytest.mark.parametrize("inputs, bits", [("fp32, S = 128", 128), ("fp32, S = 100", 32)])
 def test_aligned_rows_are_loaded_128_bits_at_a_time(found, inputs, bits):
     loads = {
