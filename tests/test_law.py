@@ -31,6 +31,7 @@ SHARED = {
     "tests/test_library.py",
     "tests/test_gpu_code.py",
     "tests/test_strict_interpreter.py",
+    "tests/test_cuda.py",
     "tests/test_simt.py",
     "tests/test_train.py",
     "tests/test_report.py",

@@ -81,7 +81,9 @@ def test_counters_see_what_a_launch_moves(executor):
     counters = executor.counters()["clean_kernel"]
     assert counters == {
         "launches": 1,
+        "blocks": 1,
         "threads": 64,
+        "dynamic_bytes": 256,
         "barriers": 1,
         "warp_calls": 10,
         "loads": 64,

@@ -111,7 +111,7 @@ __device__ void load(const T* from, accumulator<T>* chip, int n) {
       [&](int i) {
         Vector<T> narrow_;
         WideVector<T> wide;
-        narrow_.bits = *reinterpret_cast<const uint4*>(from + i);
+        narrow_.bits = __ldg(reinterpret_cast<const uint4*>(from + i));
 #pragma unroll
         for (int j = 0; j < Vector<T>::kLanes; ++j) wide[j] = widen(narrow_.value[j]);
         uint4* to = reinterpret_cast<uint4*>(chip + i);
@@ -132,7 +132,8 @@ __device__ void store(T* to, const accumulator<T>* chip, int n) {
         for (int p = 0; p < WideVector<T>::kParts; ++p) wide.part[p].bits = from[p];
 #pragma unroll
         for (int j = 0; j < Vector<T>::kLanes; ++j) narrow_.value[j] = narrow<T>(wide[j]);
-        *reinterpret_cast<uint4*>(to + i) = narrow_.bits;
+        // a plain store of a uint4 came out as four (nvcc 13.0)
+        __stwb(reinterpret_cast<uint4*>(to + i), narrow_.bits);
       });
 }
 

@@ -558,8 +558,8 @@ void count(std::vector<Access>& accesses, Counters& sums) {
       sectors += std::max<int64_t>(0, (end + 31) / 32 - sector);
       sectors_end = std::max(sectors_end, (end + 31) / 32);
       (request & 1 ? sums.stores : sums.loads) += 1;
-      (request & 1 ? sums.store_bytes : sums.load_bytes) += access.size;
     }
+    (request & 1 ? sums.store_bytes : sums.load_bytes) += bytes;
     sums.requests += 1;
     sums.sectors += sectors;
     sums.ideal_sectors += (bytes + 31) / 32;
@@ -732,12 +732,15 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   }
   active = nullptr;
   run.counters.launches = 1;
+  run.counters.blocks = blocks;
   run.counters.threads = blocks * threads;
+  run.counters.dynamic_bytes = blocks * static_cast<int64_t>(config.dynamicSmemBytes);
   Counters& sums = counters_[run.name];
   const auto add = [&](auto... member) { ((sums.*member += run.counters.*member), ...); };
-  add(&Counters::launches, &Counters::threads, &Counters::barriers, &Counters::warp_calls,
-      &Counters::loads, &Counters::stores, &Counters::load_bytes, &Counters::store_bytes,
-      &Counters::requests, &Counters::sectors, &Counters::ideal_sectors);
+  add(&Counters::launches, &Counters::blocks, &Counters::threads, &Counters::barriers,
+      &Counters::warp_calls, &Counters::dynamic_bytes, &Counters::loads, &Counters::stores,
+      &Counters::load_bytes, &Counters::store_bytes, &Counters::requests, &Counters::sectors,
+      &Counters::ideal_sectors);
   if (run.reports.empty()) return cudaSuccess;
   last_error = "simt: " + run.reports[0].text;
   reports_.insert(reports_.end(), run.reports.begin(), run.reports.end());

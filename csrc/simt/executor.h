@@ -9,10 +9,11 @@
 
 namespace simt {
 
-// Of one kernel, summed over its launches. A request is what the lanes of a warp access together;
-// the ideal is the number of 32-byte sectors that its bytes would fill.
+// Of one kernel, summed over its launches. A request is what the lanes of a warp access together; a
+// byte counts once in it, and its ideal is the number of 32-byte sectors that its bytes would fill.
 struct Counters {
-  int64_t launches, threads, barriers, warp_calls;
+  int64_t launches, blocks, threads, barriers, warp_calls;
+  int64_t dynamic_bytes;  // of shared memory, in all blocks
   int64_t loads, stores, load_bytes, store_bytes;
   int64_t requests, sectors, ideal_sectors;
 };

@@ -59,7 +59,8 @@ PYBIND11_MODULE(rayfuse_simt, m) {
         py::dict all;
         for (const auto& [kernel, c] : simt::counters()) {
           py::dict one;
-          one["launches"] = c.launches, one["threads"] = c.threads;
+          one["launches"] = c.launches, one["blocks"] = c.blocks, one["threads"] = c.threads;
+          one["dynamic_bytes"] = c.dynamic_bytes;
           one["barriers"] = c.barriers, one["warp_calls"] = c.warp_calls;
           one["loads"] = c.loads, one["stores"] = c.stores;
           one["load_bytes"] = c.load_bytes, one["store_bytes"] = c.store_bytes;
