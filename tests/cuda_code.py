@@ -52,6 +52,12 @@ def reason():
     return None
 
 
+def version():
+    """nvcc's."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"V([\d.]+)", said).group(1)
+
+
 def sources():
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
@@ -156,13 +162,10 @@ def section(contracts):
         for arch in ARCHS:
             resources[arch] |= compiled(source, arch)
     every = [r for kernels in resources.values() for r in kernels.values()]
-    version = re.search(
-        r"V([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    ).group(1)
     lines = [
         "## cuda",
         "",
-        f"nvcc {version}. Each cell: registers a thread, and occupancy by registers and shared"
+        f"nvcc {version()}. Each cell: registers a thread, and occupancy by registers and shared"
         " memory. Shared memory is",
         "of a block, dynamic and static; sectors/ideal is what the host executor counts on 16 rays:"
         " 32-byte sectors",
@@ -170,8 +173,7 @@ def section(contracts):
         "",
         f"Stack: at most {max(r.stack for r in every)} bytes a thread."
         f" Spills: at most {max(r.spills for r in every)} bytes."
-        f" Loads and stores: {min(min(r.load, r.store) for r in every)} bits at the widest in every"
-        " kernel.",
+        f" Every kernel's widest load: {min(r.load for r in every)} bits.",
         "",
         "| kernel | inputs | shared | sectors/ideal | "
         + " | ".join(f"sm_{arch}" for arch in ARCHS)

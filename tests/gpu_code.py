@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+import cuda_code
+import simt
 from contract import Contract
 from rayfuse.ops import __all__ as STEMS
 
@@ -204,6 +206,13 @@ def page(codes: list[Code]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _cuda_section() -> str:
+    """Measured where nvcc is; elsewhere what the page says already."""
+    if cuda_code.reason() or simt.reason():
+        return "## cuda" + PAGE.read_text().partition("## cuda")[2]
+    return cuda_code.section([contract() for contract in Contract.__subclasses__()])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print all that was found, write none")
@@ -221,7 +230,7 @@ def main() -> None:
         ]
         codes = [launch.code(target) for launch in found for target in TARGETS]
         if not as_json:
-            PAGE.write_text(page(codes))
+            PAGE.write_text(f"{page(codes)}\n{_cuda_section()}")
             return
         # so few registers that the compilers must spill, which proves that a spill would be seen
         starved = [

@@ -1,6 +1,8 @@
 """The CUDA kernels and their library, without a GPU: compiled, taken apart, counted, loaded."""
 
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,9 @@ import torch
 import cuda_code
 import rayfuse
 import simt
+from contract import Contract
 from rayfuse import backend
+from rayfuse.ops import __all__ as STEMS
 from test_distortion_loss import TestDistortionLoss as Distortion
 from test_library import build_wheel, source, undefined_symbols  # noqa: F401
 
@@ -62,6 +66,21 @@ def test_memory_moves_once_and_in_whole_sectors(S, dtype):
         assert written <= found["store_bytes"] <= 1.01 * written, kernel
         # and no sector moves twice, wherever rays begin
         assert 32 * found["sectors"] <= 1.1 * (found["load_bytes"] + found["store_bytes"]), kernel
+
+
+@needs_nvcc
+@needs_simt
+@pytest.mark.skipif(cuda_code.disassembler() is None, reason="no cuobjdump (triton has one)")
+def test_page_says_what_nvcc_and_the_executor_say():
+    page = (cuda_code.ROOT / "docs" / "gpu.md").read_text()
+    section = "## cuda" + page.partition("## cuda")[2]
+    written_by = re.search(r"nvcc (\d+\.\d+\.\d+)", section).group(1)
+    if written_by != cuda_code.version():
+        pytest.skip(f"the page was written with nvcc {written_by}, here is {cuda_code.version()}")
+    for stem in STEMS:
+        importlib.import_module(f"test_{stem}")
+    contracts = [contract() for contract in Contract.__subclasses__()]
+    assert section == cuda_code.section(contracts), "docs/gpu.md is stale: run `make gpu-code`"
 
 
 @needs_nvcc
