@@ -17,8 +17,7 @@ namespace {
 constexpr int kWarpSamples = 512;
 
 // Samples, or edges, of a ray that are on chip at once: what the backward's four arrays leave room
-// for in kSharedBytes, and an odd number for each thread, so that its banks differ from its
-// neighbours'.
+// for, and an odd number for each thread, so that its banks differ from its neighbours'.
 template <class A>
 constexpr int kTile = kBlock * (sizeof(A) == 4 ? 11 : 5);
 
@@ -265,7 +264,8 @@ struct Plan {
 
   Plan(int64_t R, int64_t S, int arrays, cudaStream_t stream) : warps(S < kWarpSamples) {
     using A = accumulator<T>;
-    const int most = kTile<A>;
+    constexpr int most = kTile<A>;
+    static_assert(4 * chip_size<T>(most) * sizeof(A) + 512 <= kSharedBytes);
     tile = static_cast<int>(std::min<int64_t>(S + 1, most));
     rays_per_block = warps ? std::min(kBlock / kWarp, most / tile) : 1;
     chip = chip_size<T>(rays_per_block * tile);

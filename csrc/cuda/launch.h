@@ -14,7 +14,7 @@ namespace rayfuse {
 // All dynamic shared memory has this name and type; kernels cut it into arrays.
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
-// Half of the least multiprocessor's, and what every device gives without being asked.
+// What every device gives a block without being asked.
 constexpr size_t kSharedBytes = 48 << 10;
 
 struct Grid {

@@ -94,6 +94,11 @@ def _cuda_reason() -> str | None:
         return "torch sees no CUDA GPU"
     if not library_path("cuda").exists():
         return f"{library_path('cuda').name} is not in this build (RAYFUSE_CUDA=1 at install)"
+    return load_cuda_library()
+
+
+def load_cuda_library() -> str | None:
+    """Load it, which needs a torch with CUDA but no GPU; the reason why that failed, or None."""
     try:
         # it needs torch's CUDA functions, which import torch keeps to itself
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cuda.so"), ctypes.RTLD_GLOBAL)
