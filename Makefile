@@ -6,13 +6,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # the oldest that the stable ABI target allows
 OLD_TORCH ?= torch==2.10.*
+# one that PyPI builds with CUDA
+CUDA_TORCH ?= torch==2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch is there already: an isolated build would not see it
 INSTALL := $(PIP) install -q --no-build-isolation
 
-.PHONY: help build test test-all test-abi bench check format demo wheel clean
+.PHONY: help build test test-all test-abi test-cuda-abi gpu-code bench check format demo wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,20 +34,29 @@ test-abi: $(VENV)/.built  ## load this build under an older torch, in a second e
 	.venv-abi/bin/pip install -q "$(OLD_TORCH)" numpy
 	PYTHONPATH=python .venv-abi/bin/python tests/abi.py
 
+test-cuda-abi: $(VENV)/.built  ## load the CUDA library under a torch with CUDA (5 GB), GPU or none
+	RAYFUSE_CUDA=1 $(INSTALL) --no-deps -e .
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install -q "$(CUDA_TORCH)" numpy
+	PYTHONPATH=python .venv-cuda/bin/python tests/abi_cuda.py
+
+gpu-code: $(VENV)/.with-test  ## compile every GPU kernel, GPU or none, and write docs/gpu.md
+	$(BIN)/python tests/gpu_code.py
+
 bench: $(VENV)/.with-bench  ## every op against its peers and the machine's limit
 	$(BIN)/python -m pytest bench
 
 check: $(VENV)/.with-train $(VENV)/.with-test $(VENV)/.with-check  ## what CI runs before the tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --doctest-modules python/rayfuse tests/test_law.py
 
 format: $(VENV)/.with-check  ## write all sources in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 build: $(VENV)/.built  ## the virtual environment with an editable install
 
@@ -54,7 +65,7 @@ wheel: $(VENV)/.built  ## one wheel for every Python and torch, in dist/
 	@ls dist/*.whl
 
 clean:  ## all that make made
-	rm -rf build dist .venv .venv-abi python/rayfuse/lib python/*.egg-info
+	rm -rf build dist .venv .venv-abi .venv-cuda python/rayfuse/lib python/*.egg-info
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

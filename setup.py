@@ -1,8 +1,11 @@
-"""Builds the CPU libraries, one per instruction set, through ninja.
+"""Builds the CPU libraries, one per instruction set, and the CUDA library, through ninja.
 
 They use torch's stable ABI and hold no Python symbol, so that one wheel serves every Python and
 every torch from 2.10 on. Without a C++ compiler, or without torch to build against, rayfuse
 installs without them and runs on its PyTorch references.
+
+RAYFUSE_CUDA=1 builds the CUDA library too (half a minute an op), with nvcc from the machine or from
+PyPI and any torch, one without CUDA included; RAYFUSE_CUDA=80,90 builds it for these GPUs alone.
 """
 
 import os
@@ -31,6 +34,13 @@ FLAGS = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
     " -Wno-uninitialized -Wno-maybe-uninitialized"
 )
+# one of each major version: a GPU runs code of a lower minor version of its own, and newer ones PTX
+CUDA_ARCHS = ("75", "80", "90", "100", "120")
+CUDA_FLAGS = (
+    "-std=c++20 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+    # torch declares its CUDA functions under this name alone
+    " -DUSE_CUDA -DRAYFUSE_NAMESPACE=rayfuse_cuda -DRAYFUSE_DISPATCH_KEY=CUDA"
+)
 
 NINJA = """\
 rule compile
@@ -40,6 +50,16 @@ rule compile
   description = c++ $out
 rule link
   command = $cxx -shared -Wl,-z,defs $in -L$torch/lib -ltorch_cpu -o $out
+  description = link $out
+rule compile_cuda
+  command = $nvcc $flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = nvcc $out
+# torch's CUDA functions are found when the library is loaded, where torch has CUDA
+rule link_cuda
+  command = $nvcc -shared -cudart static -Xlinker --exclude-libs=ALL $in -L$torch/lib $
+    -ltorch_cpu -o $out
   description = link $out
 """
 
@@ -54,6 +74,43 @@ def torch_folder() -> Path | None:
 def compiler() -> str | None:
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return next((cxx for cxx in candidates if shutil.which(shlex.split(cxx)[0])), None)
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler: on the path, in CUDA_HOME, or installed from PyPI (nvidia-cuda-nvcc)."""
+    home = os.environ.get("CUDA_HOME")
+    found = [path for folder in sys.path for path in Path(folder).glob("nvidia/cu*/bin/nvcc")]
+    candidates = ["nvcc", *([f"{home}/bin/nvcc"] if home else []), *map(str, found)]
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def cuda_targets(nvcc: str) -> str:
+    """What to compile for: what was asked for, or all that this nvcc knows, and PTX of the last."""
+    wanted = os.environ["RAYFUSE_CUDA"]
+    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = said.stdout.split()
+    archs = CUDA_ARCHS if wanted == "1" else wanted.split(",")
+    archs = [arch for arch in archs if f"compute_{arch}" in known]
+    if not archs:
+        sys.exit(f"rayfuse: RAYFUSE_CUDA={wanted}, but {nvcc} knows only {' '.join(known)}")
+    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return " ".join([*codes, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
+
+
+def cuda_lines(library: Path) -> list[str]:
+    """The part of build.ninja that makes the CUDA library."""
+    compiler = nvcc()
+    if compiler is None:
+        sys.exit("rayfuse: RAYFUSE_CUDA is set, but nvcc was not found (PyPI: nvidia-cuda-nvcc)")
+    flags = (
+        f"{CUDA_FLAGS} {cuda_targets(compiler)} -isystem $torch/include"
+        f" -DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}"
+    )
+    lines, objects = [f"nvcc = {compiler}"], []
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        objects.append(f"{source.stem}.cuda.o")
+        lines += [f"build {objects[-1]}: compile_cuda {source}", f"  flags = {flags}"]
+    return [*lines, f"build {library}: link_cuda {' '.join(objects)}"]
 
 
 def ninja() -> str:
@@ -90,11 +147,14 @@ def build_libraries(folder: Path) -> list[Path]:
             lines += [f"build {objects[-1]}: compile {source}", f"  flags = {flags}"]
         libraries.append(folder.resolve() / f"librayfuse_cpu.{isa}.so")
         lines.append(f"build {libraries[-1]}: link {' '.join(objects)}")
+    if os.environ.get("RAYFUSE_CUDA", "0") != "0":
+        libraries.append(folder.resolve() / "librayfuse_cuda.so")
+        lines += cuda_lines(libraries[-1])
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     if subprocess.run([ninja(), "-C", str(work)]).returncode:
         # not an exception: an editable install would swallow it and go on without the library
-        sys.exit("rayfuse: the CPU library did not compile")
+        sys.exit("rayfuse: a library did not compile")
     return libraries
 
 

@@ -70,6 +70,12 @@ inline int32_t accumulator_dtype(const Tensor& x) {
   return is_half(x) ? aoti_torch_dtype_float32() : dtype_of(x);
 }
 
+// All sizes but the last `trailing` ones.
+inline std::vector<int64_t> leading_sizes(const Tensor& x, int trailing) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end() - trailing};
+}
+
 // The gradient of x, uninitialised, or an empty tensor where bit `i` of `needs` is not set.
 inline Tensor empty_gradient(const Tensor& x, int64_t needs, int i) {
   const auto sizes = x.sizes();

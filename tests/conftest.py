@@ -1,16 +1,29 @@
 """Backends and element types to test, and the summary of which backends ran."""
 
+import importlib.util
+import os
 from collections import Counter
 
 import pytest
 import torch
 
 import rayfuse
+import simt
 from rayfuse import backend
 
 # every instruction set of the CPU library is a backend of its own here
-BACKENDS = ("ref", *(f"cpu.{isa}" for isa in backend.ISAS), "cuda", "triton")
+BACKENDS = ("ref", *(f"cpu.{isa}" for isa in backend.ISAS), "cuda", "simt", "triton")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# without a GPU triton's kernels are interpreted: asked for before anything imports triton
+if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if backend.interpreting() and importlib.util.find_spec("triton"):
+    importlib.import_module("strict_interpreter").install()
+# GPU kernels that run on the CPU here: as many rays as elsewhere would take minutes
+EMULATED = {"simt", "triton"} if backend.interpreting() else {"simt"}
+if simt.reason() is None:
+    simt.load()
 
 _ran: Counter[str] = Counter()
 
@@ -31,13 +44,19 @@ def forced_backend(request):
     _ran[request.param] += 1
 
 
+def device_of(name):
+    """The device whose tensors a backend is tested with here."""
+    return "cuda" if name in ("cuda", "triton") and name not in EMULATED else "cpu"
+
+
 @pytest.fixture
 def device(forced_backend):
-    return "cuda" if forced_backend in ("cuda", "triton") else "cpu"
+    return device_of(forced_backend)
 
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("backends")
     for name in BACKENDS:
         ran = f"{_ran[name]} tests" if _ran[name] else "none of these tests"
-        terminalreporter.write_line(f"{name:14} {ran:22} {backend.reason(name) or 'available'}")
+        available = "available, emulated on the CPU" if name in EMULATED else "available"
+        terminalreporter.write_line(f"{name:14} {ran:22} {backend.reason(name) or available}")

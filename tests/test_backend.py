@@ -1,10 +1,12 @@
 """The choice of a backend: forcing one, the reasons, the environment, and what is not there."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -88,9 +90,28 @@ def test_unknown_backend_is_an_error_that_lists_the_known_ones():
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_forced_backend_that_cannot_run_raises_and_never_falls_through(name):
+    code = "import torch, rayfuse;rayfuse.distortion_loss(torch.tensor([0.0, 1.0]), torch.ones(1));"
+    # triton runs on these tensors where it interprets its kernels, as in this process
+    error = run_python(code, RAYFUSE_BACKEND=name, TRITON_INTERPRET="0").stderr
     message = f"distortion_loss: backend '{name}' is not available on cpu: .*; available: cpu, ref"
-    with rayfuse.use_backend(name), pytest.raises(rayfuse.BackendError, match=message):
-        rayfuse.distortion_loss(*ARGS)
+    assert re.search(f"rayfuse.backend.BackendError: {message}", error), error
+
+
+def test_triton_launches_on_the_device_of_its_tensors(monkeypatch):
+    """Not on the current one, which triton takes by itself."""
+    current = []
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    module = types.SimpleNamespace(device=on)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    kernel = backend._on_its_device(lambda x: [*current])
+    assert kernel(torch.empty(0, device="meta")) == [torch.device("meta")]
+    assert kernel(torch.empty(0)) == []
 
 
 def test_environment_forces_a_backend():

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rayfuse
+from conftest import BACKENDS, device_of
 from contract import Contract
+from rayfuse import backend
 
 
 def pairwise(t, w):
@@ -24,6 +26,7 @@ class TestDistortionLoss(Contract):
         {"S": S} for S in (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 64, 257)
     )
     typical = {"S": 19}
+    gpu_sizes = ({"S": 128}, {"S": 100}, {"S": 65536})
 
     def bad_calls(self, device):
         yield from super().bad_calls(device)
@@ -99,11 +102,11 @@ class TestDistortionLoss(Contract):
         w = torch.tensor([weight for _, weight in samples])
         exact = pairwise(t.double(), w.double())
         scale = pairwise(t.double(), w.double().abs())
-        for name in ("ref", "cpu"):
-            if rayfuse.backends()[name] == "available":
+        for name in BACKENDS:
+            if backend.reason(name) is None and device_of(name) == "cpu":
                 with rayfuse.use_backend(name):
                     got = rayfuse.distortion_loss(t, w).double()
-                assert (got - exact).abs() <= 1e-5 * scale + 1e-30
+                assert (got - exact).abs() <= 1e-5 * scale + 1e-30, name
 
     def test_debug_finds_edges_that_decrease(self):
         t, w = self.inputs()

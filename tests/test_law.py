@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 ROLES = {
     "spec": "python/rayfuse/ops/{}.py",
     "cpu": "csrc/cpu/{}.cpp",
+    "triton": "triton_kernels/{}.py",
     "test": "tests/test_{}.py",
     "bench": "bench/bench_{}.py",
 }
@@ -22,7 +23,6 @@ ROLES = {
 OPTIONAL = {
     "math": "csrc/math/{}.h",
     "cuda": "csrc/cuda/{}.cu",
-    "triton": "triton_kernels/{}.py",
 }
 # files of these patterns that belong to no op
 SHARED = {
@@ -30,9 +30,14 @@ SHARED = {
     "tests/test_dims.py",
     "tests/test_backend.py",
     "tests/test_library.py",
+    "tests/test_gpu_code.py",
+    "tests/test_strict_interpreter.py",
+    "tests/test_cuda.py",
+    "tests/test_simt.py",
     "tests/test_train.py",
     "tests/test_report.py",
     "triton_kernels/__init__.py",
+    "triton_kernels/common.py",
     "python/rayfuse/ops/__init__.py",
 }
 

@@ -9,12 +9,6 @@
 
 namespace rayfuse {
 
-// All sizes but the last `trailing` ones.
-inline std::vector<int64_t> leading_sizes(const Tensor& x, int trailing) {
-  const auto sizes = x.sizes();
-  return {sizes.begin(), sizes.end() - trailing};
-}
-
 // Calls f with a value of the element type of x; the engine has checked that it is one of these.
 template <class F>
 void dispatch(const Tensor& x, const F& f) {

@@ -2,15 +2,18 @@
 
 A backend is found by name alone: the libraries register `torch.ops.rayfuse_<backend>.<op>[_bwd]`
 (one namespace per instruction set on the CPU), the Triton kernels are modules of the op's stem,
-and the reference is the op's own Python function.
+and the reference is the op's own Python function. `simt` is the CUDA kernels run on the host by
+csrc/simt: the tests build and load it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +28,9 @@ LIBRARY_FOLDER = Path(__file__).parent / "lib"
 ISAS = {"baseline": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 _CAPABILITIES = [*ISAS.values()]
 _ORDER = {"cpu": ("cpu", "ref"), "cuda": ("cuda", "triton", "ref"), "xpu": ("triton", "ref")}
-NAMES = ("ref", "cpu", "cuda", "triton")
+NAMES = ("ref", "cpu", "cuda", "triton", "simt")
+# the backends that are libraries with a torch.ops namespace of their own
+LIBRARIES = (*(f"cpu.{isa}" for isa in ISAS), "cuda", "simt")
 
 Kernel = Callable[..., Any]
 
@@ -64,6 +69,8 @@ def reason(name: str) -> str | None:
         return _cuda_reason()
     if backend == "triton":
         return _triton_reason()
+    if backend == "simt" and "rayfuse_simt" not in sys.modules:
+        return "the tests' host executor of the CUDA kernels is not loaded"
     return None
 
 
@@ -86,16 +93,39 @@ def _cuda_reason() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     if not library_path("cuda").exists():
-        return f"{library_path('cuda').name} is not in this build"
+        return f"{library_path('cuda').name} is not in this build (RAYFUSE_CUDA=1 at install)"
+    return load_cuda_library()
+
+
+def load_cuda_library() -> str | None:
+    """Load it, which needs a torch with CUDA but no GPU; the reason why that failed, or None."""
+    try:
+        # it needs torch's CUDA functions, which import torch keeps to itself
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cuda.so"), ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(library_path("cuda"))
+    except OSError as error:
+        return f"{library_path('cuda').name} does not load: {error}"
     return None
 
 
 def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    if not (interpreting() or torch.cuda.is_available() or torch.xpu.is_available()):
         return "torch sees no GPU"
     return None
+
+
+def interpreting() -> bool:
+    """Whether triton runs its kernels in Python: it decides when it is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _emulated(device: str) -> tuple[str, ...]:
+    """GPU backends that run on this device type where they are forced, for tests: slowly."""
+    if device != "cpu":
+        return ()
+    return ("simt", "triton") if interpreting() else ("simt",)
 
 
 def backends() -> dict[str, str]:
@@ -217,7 +247,8 @@ class Kernels:
         return Chosen(name, *self._load(name))
 
     def _missing(self, name: str, device: str) -> str | None:
-        if name.partition(".")[0] not in _ORDER.get(device, ("ref",)):
+        runs_here = (*_ORDER.get(device, ("ref",)), *_emulated(device))
+        if name.partition(".")[0] not in runs_here:
             return f"it does not run on {device} tensors"
         return reason(name) or (None if self._load(name) else "it has no kernel for this op")
 
@@ -229,15 +260,29 @@ class Kernels:
             if importlib.util.find_spec(module) is None:
                 return ()
             kernels = importlib.import_module(module)
-            return kernels.fwd, kernels.bwd
+            return _on_its_device(kernels.fwd), _on_its_device(kernels.bwd)
         namespace = library_namespace(name)
         directions = self.op, f"{self.op}_bwd"
         # the engine defines the ops of every library; whether the library holds them is its affair
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        if not all(has_kernel(f"{namespace}::{op}", "CPU") for op in directions):
+        key = "CUDA" if name == "cuda" else "CPU"
+        if not all(has_kernel(f"{namespace}::{op}", key) for op in directions):
             return ()
         fwd, bwd = (getattr(getattr(torch.ops, namespace), op).default for op in directions)
         return fwd, bwd
+
+
+def _on_its_device(kernel: Kernel) -> Kernel:
+    """Triton launches on the current device, wherever the tensors are."""
+
+    def run(*args: Any) -> Any:
+        device = args[0].device
+        if device.type == "cpu":
+            return kernel(*args)
+        with torch.get_device_module(device).device(device):
+            return kernel(*args)
+
+    return run
 
 
 def library_namespace(name: str) -> str:

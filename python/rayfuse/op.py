@@ -67,10 +67,7 @@ class Op:
         self.kernels = backend.Kernels(self.name, self._reference_fwd, self._reference_bwd)
         self._libraries = [
             self._register(namespace)
-            for namespace in (
-                "rayfuse",
-                *(backend.library_namespace(f"cpu.{isa}") for isa in backend.ISAS),
-            )
+            for namespace in ("rayfuse", *map(backend.library_namespace, backend.LIBRARIES))
         ]
         self._passed: set[tuple] = set()
         self.Function, self.Transformable = _autograd_functions(self.name)

@@ -1,0 +1,190 @@
+// What a block reads and writes of its rays, and the scans of a team, a warp or all of a block,
+// along one of them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace rayfuse {
+
+using half = __half;
+using bfloat16 = __nv_bfloat16;
+
+// The type that values of type T are computed in.
+template <class T>
+struct accumulator_of {
+  using type = float;
+};
+template <>
+struct accumulator_of<double> {
+  using type = double;
+};
+template <class T>
+using accumulator = typename accumulator_of<T>::type;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(half x) { return __half2float(x); }
+__device__ inline float widen(bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ T narrow(accumulator<T> x) {
+  return x;
+}
+template <>
+__device__ inline half narrow<half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline bfloat16 narrow<bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+// Threads in a block, whatever the teams.
+constexpr int kBlock = 256;
+
+// ---- values of a ray on chip
+
+// Memory moves in sectors, and a warp that cuts its requests elsewhere moves some of them twice.
+template <class T>
+constexpr int kSector = 32 / sizeof(T);
+
+// Elements that n values take on chip, with one more before and after them, wherever in a sector
+// they start.
+template <class T>
+__host__ __device__ constexpr int chip_size(int n) {
+  return (n + 2 * kSector<T> + 4) / 4 * 4;
+}
+
+// Where in a buffer of chip_size the values at `from` lie: as far into a sector as in memory, so
+// that both can be addressed in vectors.
+template <class T>
+__device__ accumulator<T>* on_chip(accumulator<T>* buffer, const T* from) {
+  return buffer + kSector<T> + reinterpret_cast<uintptr_t>(from) % 32 / sizeof(T);
+}
+
+// The block calls one(i) for the values up to the first and after the last whole sector of n values
+// at `from`, vector(i) for every 16 bytes between.
+template <class T, class One, class Vector>
+__device__ void for_each_vector(const T* from, int n, const One& one, const Vector& vector) {
+  constexpr int kLanes = 16 / sizeof(T);
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const int into = reinterpret_cast<uintptr_t>(from) % 32 / sizeof(T);
+  const int head = min(n, (kSector<T> - into) % kSector<T>);
+  const int body = head + (n - head) / kSector<T> * kSector<T>;
+  if (thread < head) one(thread);
+  for (int i = head + thread * kLanes; i < body; i += threads * kLanes) vector(i);
+  if (body + thread < n) one(body + thread);
+}
+
+// A 16-byte vector of T, and its values in the accumulator's type as whole 16-byte vectors.
+template <class T>
+union Vector {
+  static constexpr int kLanes = 16 / sizeof(T);
+
+  __device__ Vector() : bits() {}
+
+  uint4 bits;
+  T value[kLanes];
+};
+template <class T>
+struct WideVector {
+  static constexpr int kParts = sizeof(accumulator<T>) / sizeof(T);
+
+  Vector<accumulator<T>> part[kParts];
+
+  __device__ accumulator<T>& operator[](int i) {
+    constexpr int kLanes = Vector<accumulator<T>>::kLanes;
+    return part[i / kLanes].value[i % kLanes];
+  }
+};
+
+template <class T>
+__device__ void load(const T* from, accumulator<T>* chip, int n) {
+  for_each_vector(
+      from, n, [&](int i) { chip[i] = widen(from[i]); },
+      [&](int i) {
+        Vector<T> narrow_;
+        WideVector<T> wide;
+        narrow_.bits = __ldg(reinterpret_cast<const uint4*>(from + i));
+#pragma unroll
+        for (int j = 0; j < Vector<T>::kLanes; ++j) wide[j] = widen(narrow_.value[j]);
+        uint4* to = reinterpret_cast<uint4*>(chip + i);
+#pragma unroll
+        for (int p = 0; p < WideVector<T>::kParts; ++p) to[p] = wide.part[p].bits;
+      });
+}
+
+template <class T>
+__device__ void store(T* to, const accumulator<T>* chip, int n) {
+  for_each_vector(
+      to, n, [&](int i) { to[i] = narrow<T>(chip[i]); },
+      [&](int i) {
+        Vector<T> narrow_;
+        WideVector<T> wide;
+        const uint4* from = reinterpret_cast<const uint4*>(chip + i);
+#pragma unroll
+        for (int p = 0; p < WideVector<T>::kParts; ++p) wide.part[p].bits = from[p];
+#pragma unroll
+        for (int j = 0; j < Vector<T>::kLanes; ++j) narrow_.value[j] = narrow<T>(wide[j]);
+        // a plain store of a uint4 came out as four (nvcc 13.0)
+        __stwb(reinterpret_cast<uint4*>(to + i), narrow_.bits);
+      });
+}
+
+// ---- the team
+
+// kThreads threads on one ray. What scans go over is a State: an aggregate, zero if there is
+// nothing, with join(next), its sum with what comes after it, and shuffle, shuffle_up and
+// shuffle_down.
+template <int kThreads>
+struct Team {
+  static constexpr int kWarps = kThreads / kWarp;
+  static_assert(kThreads == kWarp || kThreads == kBlock);
+
+  // the team's in the block, the thread's in the team
+  const int index = threadIdx.x / kThreads, rank = threadIdx.x % kThreads;
+  const int lane = threadIdx.x % kWarp;
+
+  template <class State>
+  struct Scan {
+    State before, total;
+  };
+  // What comes before this thread, from the left or from the right, and the sum over all.
+  template <bool from_right, class State>
+  __device__ Scan<State> scan(State x) const {
+    const int place = from_right ? kWarp - 1 - lane : lane;
+#pragma unroll
+    for (int places = 1; places < kWarp; places *= 2) {
+      const State before = from_right ? x.shuffle_down(places) : x.shuffle_up(places);
+      if (place >= places) x = before.join(x);
+    }
+    State before = from_right ? x.shuffle_down(1) : x.shuffle_up(1);
+    if (place == 0) before = State{};
+    State total = x.shuffle(from_right ? 0 : kWarp - 1);
+    if constexpr (kWarps > 1) {
+      __shared__ State warps[kWarps];
+      const int warp = rank / kWarp;
+      __syncthreads();
+      if (lane == 0) warps[warp] = total;
+      __syncthreads();
+      State before_warp = {};
+      total = State{};
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        const int next = from_right ? kWarps - 1 - i : i;
+        if (next == warp) before_warp = total;
+        total = total.join(warps[next]);
+      }
+      before = before_warp.join(before);
+    }
+    return {before, total};
+  }
+};
+
+}  // namespace rayfuse

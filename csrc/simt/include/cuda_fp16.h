@@ -1,0 +1,10 @@
+// Half precision as the kernels use it: read, written and converted, never computed with.
+#pragma once
+
+#include <cuda_runtime.h>
+
+struct __half {
+  _Float16 value;
+};
+inline float __half2float(__half x) { return x.value; }
+inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
