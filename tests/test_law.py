@@ -14,16 +14,13 @@ ROOT = Path(__file__).parent.parent
 ROLES = {
     "spec": "python/rayfuse/ops/{}.py",
     "cpu": "csrc/cpu/{}.cpp",
+    "cuda": "csrc/cuda/{}.cu",
     "triton": "triton_kernels/{}.py",
     "test": "tests/test_{}.py",
     "bench": "bench/bench_{}.py",
 }
-# roles that an op may have: math only where cpu and cuda share it; the GPU kernels of an op may
-# come after its CPU kernel
-OPTIONAL = {
-    "math": "csrc/math/{}.h",
-    "cuda": "csrc/cuda/{}.cu",
-}
+# a role that an op may have: what its CPU and CUDA kernels really share
+OPTIONAL = {"math": "csrc/math/{}.h"}
 # files of these patterns that belong to no op
 SHARED = {
     "tests/test_law.py",
