@@ -365,6 +365,15 @@ class Contract:
             assert message in text, text
             assert "\n" not in text
 
+    def test_raw_ops_check_what_the_kernels_would_read(self, forced_backend, device):
+        args = self.inputs(device=device)
+        fwd = getattr(torch.ops.rayfuse, self.spec.name)
+        bwd = getattr(torch.ops.rayfuse, f"{self.spec.name}_bwd")
+        with pytest.raises(ValueError, match="must have shape"):
+            fwd(*args[:-1], args[-1][:3])
+        with pytest.raises(ValueError, match=r"d_loss must have shape \[7\], got \[6\]"):
+            bwd(torch.ones(6, device=device), *args, 1)
+
     def test_reduction_and_denominator_are_checked(self, forced_backend, device):
         args = self.inputs(device=device)
         with pytest.raises(

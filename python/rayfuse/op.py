@@ -237,12 +237,20 @@ class Op:
 
     def run_fwd(self, *inputs: Tensor) -> Any:
         """The raw forward on the backend that is chosen for these tensors."""
+        self._check_once(inputs)
         return self.kernels.choose(inputs[0].device.type).run_fwd(inputs)
 
     def run_bwd(self, *args: Any) -> Any:
         """The raw backward: gradients of all inputs, empty where `needs` has no bit."""
-        *tensors, needs = args
-        return self.kernels.choose(tensors[0].device.type).run_bwd(tensors, needs)
+        d_outputs, inputs, needs = self._split_bwd(args)
+        self._check_once(inputs)
+        leading, sizes = self.signature.bind([x.shape for x in inputs])
+        for array, d_output in zip(self.signature.outputs, d_outputs, strict=True):
+            shape = list(array.shape(leading, sizes))
+            if list(d_output.shape) != shape:
+                name = _GRADIENT_PREFIX + array.name
+                self._fail(ValueError, name, f"have shape {shape}", list(d_output.shape))
+        return self.kernels.choose(inputs[0].device.type).run_bwd((*d_outputs, *inputs), needs)
 
     def _fake_fwd(self, *inputs: Tensor) -> Any:
         leading, sizes = self.signature.bind([x.shape for x in inputs])
