@@ -83,6 +83,22 @@ inline Tensor empty_gradient(const Tensor& x, int64_t needs, int i) {
                         : empty(x, {0}, dtype_of(x));
 }
 
+// Calls f with a value of the element type of x; the engine has checked that it is one of these.
+// half and bfloat16 are what the kernels, included before, call them.
+template <class F>
+void dispatch(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(half{});
+    case ScalarType::BFloat16:
+      return f(bfloat16{});
+    default:
+      return f(float{});
+  }
+}
+
 template <class T>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());

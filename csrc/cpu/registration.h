@@ -1,28 +1,13 @@
 // The step from tensors to kernels on the CPU, included after the kernels of a file.
 #pragma once
 
-#include "../common.h"
 #include "rays.h"
+#include "../common.h"
 
 // Every instruction set has a namespace of its own, so that all can be loaded at once.
 #define RAYFUSE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(RAYFUSE_NAMESPACE, CPU, m)
 
 namespace rayfuse {
-
-// Calls f with a value of the element type of x; the engine has checked that it is one of these.
-template <class F>
-void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::Half:
-      return f(half{});
-    case ScalarType::BFloat16:
-      return f(bfloat16{});
-    default:
-      return f(float{});
-  }
-}
 
 // Calls f with a flag that templates can take.
 template <class F>

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "../accumulator.h"
+
 // Before a kernel: inline all that it calls, so that vectors stay in registers.
 #define RAYFUSE_KERNEL __attribute__((flatten))
 
@@ -31,18 +33,6 @@ struct half {
 struct bfloat16 {
   uint16_t bits;
 };
-
-// The type that values of type T are computed in.
-template <class T>
-struct accumulator_of {
-  using type = float;
-};
-template <>
-struct accumulator_of<double> {
-  using type = double;
-};
-template <class T>
-using accumulator = typename accumulator_of<T>::type;
 
 template <class A>
 struct vector_of {

@@ -8,22 +8,12 @@
 
 #include <cstdint>
 
+#include "../accumulator.h"
+
 namespace rayfuse {
 
 using half = __half;
 using bfloat16 = __nv_bfloat16;
-
-// The type that values of type T are computed in.
-template <class T>
-struct accumulator_of {
-  using type = float;
-};
-template <>
-struct accumulator_of<double> {
-  using type = double;
-};
-template <class T>
-using accumulator = typename accumulator_of<T>::type;
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }

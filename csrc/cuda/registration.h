@@ -1,8 +1,8 @@
 // The step from tensors to kernels on a GPU, included after the kernels of a file.
 #pragma once
 
-#include "../common.h"
 #include "rays.h"
+#include "../common.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
@@ -27,20 +27,5 @@ class Device {
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
-
-// Calls f with a value of the element type of x; the engine has checked that it is one of these.
-template <class F>
-void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::Half:
-      return f(half{});
-    case ScalarType::BFloat16:
-      return f(bfloat16{});
-    default:
-      return f(float{});
-  }
-}
 
 }  // namespace rayfuse
