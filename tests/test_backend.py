@@ -172,6 +172,13 @@ def test_import_takes_torch_alone():
     )
 
 
+def test_shapes_that_never_repeat_do_not_fill_the_memory():
+    spec = rayfuse.distortion_loss.op
+    for S in range(1, 1100):
+        spec._check_once([torch.empty(S + 1), torch.empty(S)])
+    assert 0 < len(spec._passed) <= 1024
+
+
 def test_debug_by_environment():
     code = "import torch, rayfuse;rayfuse.distortion_loss(torch.tensor([1.0, 0.0]), torch.ones(1))"
     assert "t must be finite and not decrease" in run_python(code, RAYFUSE_DEBUG="1").stderr

@@ -183,11 +183,6 @@ class use_backend:
         _local.forced = self._before
 
 
-def forced() -> str | None:
-    """The backend forced in this thread, or None."""
-    return _local.forced
-
-
 def last_backend() -> str | None:
     """The backend that ran the last op of this thread, or None before the first."""
     return _local.last
