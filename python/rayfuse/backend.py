@@ -195,15 +195,19 @@ class Chosen(NamedTuple):
     fwd: Kernel
     bwd: Kernel
 
-    def run_fwd(self, inputs: Sequence[Tensor]) -> Any:
+    def run_fwd(self, args: Sequence[Any]) -> Any:
         """Kernels read contiguous memory: here is where that is seen to."""
         _local.last = self.name
-        return self.fwd(*[x.contiguous() for x in inputs])
+        return self.fwd(*map(_contiguous, args))
 
-    def run_bwd(self, tensors: Sequence[Tensor], needs: int) -> Any:
-        """The gradients of all inputs, empty where `needs` has no bit."""
+    def run_bwd(self, args: Sequence[Any], needs: int) -> Any:
+        """The gradients of the inputs, empty where `needs` has no bit."""
         _local.last = self.name
-        return self.bwd(*[x.contiguous() for x in tensors], needs)
+        return self.bwd(*map(_contiguous, args), needs)
+
+
+def _contiguous(x: Any) -> Any:
+    return x.contiguous() if isinstance(x, Tensor) else x
 
 
 class Kernels:

@@ -1,7 +1,7 @@
-"""The dims string of an op: `t[..., S+1] w[..., S] -> loss[...]`.
+"""The dims string of an op: `t[..., S+1] w[..., S] background?[..., C] -> loss[...]`.
 
 `...` stands for any number of leading dimensions, shared by all arguments; a capital letter is a
-size, found where it first occurs; a number is itself.
+size, found where it first occurs; a number is itself; `?` marks an argument that may be absent.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_ARRAY = re.compile(r"(\w+)\[([^\]]*)\]")
+_ARRAY = re.compile(r"(\w+)(\??)\[([^\]]*)\]")
 _DIM = re.compile(r"(?:([A-Z])([+-]\d+)?|(\d+))")
 
 
@@ -22,10 +22,12 @@ class Array:
     name: str
     text: str
     leading: bool
+    optional: bool
     dims: tuple[tuple[str | None, int], ...]
 
     def shape(self, leading: tuple[int, ...], sizes: dict[str, int]) -> tuple[int, ...]:
-        trailing = (offset + (sizes[letter] if letter else 0) for letter, offset in self.dims)
+        # a size that only absent arguments have is 0
+        trailing = (offset + sizes.get(letter or "", 0) for letter, offset in self.dims)
         return (*(leading if self.leading else ()), *trailing)
 
 
@@ -46,11 +48,18 @@ class Signature:
             raise ValueError(f"dims must read 'inputs -> outputs', got {text!r}")
         return cls(*(tuple(map(_array, _ARRAY.finditer(side))) for side in sides))
 
-    def bind(self, shapes: list[tuple[int, ...]]) -> tuple[tuple[int, ...], dict[str, int]]:
-        """The leading shape and the sizes that input shapes imply; raises ShapeError."""
+    def bind(
+        self, shapes: Sequence[tuple[int, ...] | None]
+    ) -> tuple[tuple[int, ...], dict[str, int]]:
+        """The leading shape and the sizes that input shapes imply; raises ShapeError.
+
+        None is the shape of an absent argument.
+        """
         leading: tuple[int, ...] | None = None
         sizes: dict[str, int] = {}
         for array, shape in zip(self.inputs, shapes, strict=True):
+            if shape is None:
+                continue
             split = len(shape) - len(array.dims)
             if split < 0 or (split and not array.leading):
                 raise ShapeError(self._must(array, leading, sizes, shape))
@@ -68,12 +77,25 @@ class Signature:
                     raise ShapeError(self._must(array, leading, sizes, shape))
         return leading or (), sizes
 
-    def leading(self, inputs: Sequence[Any]) -> Any:
-        """The leading shape of inputs that fit."""
-        for array, x in zip(self.inputs, inputs, strict=True):
-            if array.leading:
-                return x.shape[: x.dim() - len(array.dims)]
-        raise ValueError("no input has leading dimensions")
+    def shape_of_first_output(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """Its shape for inputs that fit, as compilers can trace it; outputs alike have this one."""
+        first = self.outputs[0]
+        present = [(a, x) for a, x in zip(self.inputs, inputs, strict=True) if x is not None]
+        shape = []
+        if first.leading:
+            x, trailing = next((x, len(array.dims)) for array, x in present if array.leading)
+            shape += x.shape[: x.dim() - trailing]
+        for letter, offset in first.dims:
+            if letter is None:
+                shape.append(offset)
+                continue
+            for array, x in present:
+                found = [k for k, (other, _) in enumerate(array.dims) if other == letter]
+                if found:
+                    k = found[0] - len(array.dims)
+                    shape.append(x.shape[k] - array.dims[k][1] + offset)
+                    break
+        return tuple(shape)
 
     def _must(
         self,
@@ -94,7 +116,7 @@ class Signature:
 
 
 def _array(match: re.Match[str]) -> Array:
-    name, text = match.groups()
+    name, mark, text = match.groups()
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     leading = parts[:1] == ["..."]
     dims = []
@@ -104,4 +126,4 @@ def _array(match: re.Match[str]) -> Array:
             raise ValueError(f"{name}: a dim must be a capital, a capital +- n or n, got {part!r}")
         letter, offset, number = found.groups()
         dims.append((letter, int(offset or 0)) if letter else (None, int(number)))
-    return Array(name, ", ".join(parts), leading, tuple(dims))
+    return Array(name, ", ".join(parts), leading, bool(mark), tuple(dims))

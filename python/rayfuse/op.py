@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import typing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +35,27 @@ Keyword Args:
 """
 
 
-def op(dims_text: str, domain: dict[str, Domain] | None = None) -> Callable[[Callable], Any]:
+def op(
+    dims_text: str,
+    domain: dict[str, Domain] | None = None,
+    constant: Sequence[str] = (),
+    narrow: Sequence[str] = (),
+    base: type[Op] | None = None,
+) -> Callable[[Callable], Any]:
     """Make a differentiable op of a plain PyTorch reference.
 
+    The reference takes the tensors of `dims_text` in their order, those that may be absent as
+    keywords with default None, then scalars, keywords with an annotation: `float`, `int`, `bool`
+    or a `Literal` of strings, which kernels see as the index of the choice.
+
     Args:
-        dims_text: the shapes of inputs and outputs (module `dims`). An output called `loss` gets
-            `reduction=` and `denominator=`.
-        domain: the values that inputs must hold; finite ones where it is silent.
+        dims_text: the shapes of inputs and outputs (module `dims`). Outputs whose names end in
+            `loss` get `reduction=` and `denominator=`.
+        domain: the values that inputs must hold; finite ones where it is silent. That of a scalar
+            is always checked.
+        constant: the inputs in which the op is piecewise constant: they get no gradient.
+        narrow: the inputs that may be of half precision where the others are float32.
+        base: a class derived from `Op`, for an op that does not fit.
 
     Returns:
         a decorator; the decorated function is public, and carries the op as `.op` and its autograd
@@ -46,48 +63,113 @@ def op(dims_text: str, domain: dict[str, Domain] | None = None) -> Callable[[Cal
     """
 
     def decorate(reference: Callable) -> Any:
-        return Op(reference, dims.Signature.parse(dims_text), domain or {}).public()
+        signature = dims.Signature.parse(dims_text)
+        return (base or Op)(reference, signature, domain or {}, constant, narrow).public()
 
     return decorate
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A parameter that is no tensor."""
+
+    name: str
+    kind: type
+    default: Any
+    choices: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter, annotation: Any) -> Scalar:
+        choices = typing.get_args(annotation)
+        return cls(parameter.name, str if choices else annotation, parameter.default, choices)
+
+    @property
+    def schema(self) -> str:
+        return f"{'int' if self.choices else self.kind.__name__} {self.name}"
+
+    @property
+    def rule(self) -> str:
+        """What a value must be that is not of this kind."""
+        if self.choices:
+            return "be " + ", ".join(map(repr, self.choices[:-1])) + f" or {self.choices[-1]!r}"
+        return {float: "be a number", int: "be an integer", bool: "be True or False"}[self.kind]
+
+    def fits(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        kinds = (int, float) if self.kind is float else self.kind
+        return isinstance(value, kinds) and (self.kind is bool) == isinstance(value, bool)
+
+    def encode(self, value: Any) -> Any:
+        """As kernels see it."""
+        return self.choices.index(value) if self.choices else self.kind(value)
+
+    def decode(self, value: Any) -> Any:
+        return self.choices[value] if self.choices else value
 
 
 class Op:
     """All that is derived from one spec."""
 
     def __init__(
-        self, reference: Callable, signature: dims.Signature, domain: dict[str, Domain]
+        self,
+        reference: Callable,
+        signature: dims.Signature,
+        domain: dict[str, Domain],
+        constant: Sequence[str],
+        narrow: Sequence[str],
     ) -> None:
         self.reference = reference
         self.parameters = [*inspect.signature(reference).parameters.values()]
         self.name = reference.__name__
         self.signature = signature
         self.inputs = [array.name for array in signature.inputs]
-        self.domain = {name: domain.get(name, real) for name in self.inputs}
-        self.is_loss = [array.name for array in signature.outputs] == ["loss"]
+        hints = typing.get_type_hints(reference)
+        self.scalars = [
+            Scalar.of(parameter, hints[parameter.name])
+            for parameter in self.parameters
+            if parameter.name not in self.inputs
+        ]
+        scalars = [scalar.name for scalar in self.scalars]
+        self.domain = {name: domain.get(name, real) for name in (*self.inputs, *scalars)}
+        self.narrow = narrow
+        self.integer = [name for name in self.inputs if self.domain[name].size]
+        # where the inputs are that get a gradient
+        self.differentiable = [
+            i
+            for i, name in enumerate(self.inputs)
+            if name not in constant and name not in self.integer
+        ]
+        self.outputs = [array.name for array in signature.outputs]
+        self.is_loss = all(name.endswith("loss") for name in self.outputs)
         self.kernels = backend.Kernels(self.name, self._reference_fwd, self._reference_bwd)
         self._libraries = [
             self._register(namespace)
             for namespace in ("rayfuse", *map(backend.library_namespace, backend.LIBRARIES))
         ]
         self._passed: set[tuple] = set()
-        self.Function, self.Transformable = _autograd_functions(self.name)
+        self.Function, self.Transformable = _autograd_functions(self.name, len(self.inputs))
         _OPS[self.name] = self
 
     # ---- the public function
 
     def public(self) -> Callable:
         """The function that users call: checks, then the autograd Function."""
-        arity, function, transformable = len(self.inputs), self.Function, self.Transformable
+        function, transformable = self.Function, self.Transformable
+        # the usual call, tensors alone, must not wait for what only others need
+        plain = len(self.inputs) if self._required == self.inputs and not self.scalars else None
 
         def apply(
-            args: tuple[Tensor, ...],
-            named: dict[str, Tensor],
+            args: tuple[Any, ...],
+            named: dict[str, Any],
             reduction: str | None = None,
             denominator: float | Tensor | None = None,
         ) -> Any:
-            if named or len(args) != arity:
+            if named or len(args) != plain:
                 args = self._positional(args, named)
             self._check_once(args)
+            if self.scalars:
+                args = self._encoded(args)
             if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
                 return transformable.apply(reduction, denominator, *args)
             return function.apply(reduction, denominator, *args)
@@ -96,13 +178,13 @@ class Op:
             *args: Tensor,
             reduction: str = "mean",
             denominator: float | Tensor | None = None,
-            **named: Tensor,
+            **named: Any,
         ) -> Any:
             if reduction != "mean":
                 self._check_reduction(reduction, denominator)
             return apply(args, named, reduction, denominator)
 
-        def outputs(*args: Tensor, **named: Tensor) -> Any:
+        def outputs(*args: Tensor, **named: Any) -> Any:
             return apply(args, named)
 
         doc = inspect.getdoc(self.reference) or ""
@@ -119,12 +201,40 @@ class Op:
         call.op, call.Function = self, self.Function
         return call
 
-    def _positional(self, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        try:
-            bound = inspect.Signature(self.parameters).bind(*args, **named)
-        except TypeError as error:
-            raise TypeError(f"{self.name}: {error}") from None
-        return bound.args
+    @functools.cached_property
+    def _required(self) -> list[str]:
+        return [array.name for array in self.signature.inputs if not array.optional]
+
+    @functools.cached_property
+    def _keywords(self) -> dict[str, Any]:
+        """What is given by name, and what it is otherwise."""
+        scalars = {scalar.name: scalar.default for scalar in self.scalars}
+        absent = [array.name for array in self.signature.inputs if array.optional]
+        return dict.fromkeys(absent) | scalars
+
+    def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        """All tensors, then all scalars."""
+        if len(args) != len(self._required) or not named.keys() <= self._keywords.keys():
+            try:
+                bound = inspect.Signature(self.parameters).bind(*args, **named)
+            except TypeError as error:
+                raise TypeError(f"{self.name}: {error}") from None
+            named, args = bound.kwargs, bound.args
+        values = {**self._keywords, **dict(zip(self._required, args, strict=True)), **named}
+        return tuple([values[name] for name in self.domain])
+
+    def _encoded(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """As the raw ops take them."""
+        scalars = zip(self.scalars, args[len(self.inputs) :], strict=True)
+        return *args[: len(self.inputs)], *[scalar.encode(value) for scalar, value in scalars]
+
+    def raw_arguments(self, tensors: Sequence[Tensor | None], **named: Any) -> tuple[Any, ...]:
+        """What the raw forward takes: these tensors, and scalars by name or default.
+
+        A name that belongs to a tensor stands for it: None makes it absent.
+        """
+        values = {**self._keywords, **dict(zip(self.inputs, tensors, strict=True)), **named}
+        return self._encoded(tuple(values[name] for name in self.domain))
 
     # ---- checks
 
@@ -133,37 +243,67 @@ class Op:
         if torch.compiler.is_compiling() or backend.debugging():
             return self.check(args)
         try:
-            key = tuple([(x.shape, x.dtype, x.device) for x in args])
-        except AttributeError:  # not a tensor
+            arity = len(self.inputs)
+            key: tuple[Any, ...] = tuple(
+                [x if x is None else (x.shape, x.dtype, x.device) for x in args[:arity]]
+            )
+            if self.scalars:
+                key += tuple([(x, type(x)) for x in args[arity:]])
+            passed = key in self._passed
+        except (AttributeError, TypeError):  # not a tensor, not hashable
             return self.check(args)
-        if key not in self._passed:
+        if not passed:
             self.check(args)
             if len(self._passed) == _PASSED_AT_MOST:
                 self._passed.clear()
             self._passed.add(key)
 
-    def check(self, args: Sequence[Tensor]) -> None:
+    def check(self, args: Sequence[Any]) -> None:
         """Raise ValueError or TypeError, in one wording, unless the arguments fit the spec."""
-        first = args[0]
-        for name, arg in zip(self.inputs, args, strict=True):
-            if not isinstance(arg, Tensor):
-                self._fail(TypeError, name, "be a tensor", type(arg).__name__)
-            if arg.dtype is not first.dtype:
-                rule = f"be {_plain(first.dtype)} like {self.inputs[0]}"
-                self._fail(TypeError, name, rule, _plain(arg.dtype))
+        tensors = args[: len(self.inputs)]
+        for array, arg in zip(self.signature.inputs, tensors, strict=True):
+            if not (isinstance(arg, Tensor) or (array.optional and arg is None)):
+                rule = "be a tensor or None" if array.optional else "be a tensor"
+                self._fail(TypeError, array.name, rule, type(arg).__name__)
+        named = {n: x for n, x in zip(self.inputs, tensors, strict=True) if x is not None}
+        first_name, first = self.inputs[0], tensors[0]
+        for name, arg in named.items():
+            self._check_dtype(name, arg.dtype, first_name, first.dtype)
             if arg.device != first.device:
-                self._fail(
-                    ValueError, name, f"be on {first.device} like {self.inputs[0]}", arg.device
-                )
-        if first.dtype not in FLOATS:
-            rule = "be " + ", ".join(map(_plain, FLOATS[:-1])) + f" or {_plain(FLOATS[-1])}"
-            self._fail(TypeError, self.inputs[0], rule, _plain(first.dtype))
+                self._fail(ValueError, name, f"be on {first.device} like {first_name}", arg.device)
         try:
-            self.signature.bind([arg.shape for arg in args])
+            self.signature.bind(_shapes(tensors))
         except dims.ShapeError as error:
             raise ValueError(f"{self.name}: {error}") from None
+        for scalar, value in zip(self.scalars, args[len(self.inputs) :], strict=True):
+            self._check_scalar(scalar, value)
         if backend.debugging():
-            self._check_values(args)
+            self._check_values(named)
+
+    def _check_dtype(self, name: str, dtype: torch.dtype, first: str, want: torch.dtype) -> None:
+        if name in self.integer:
+            if dtype != torch.int64:
+                self._fail(TypeError, name, "be int64", _plain(dtype))
+            return
+        narrowed = name in self.narrow and want == torch.float32 and dtype in HALVES
+        if dtype is not want and not narrowed:
+            rule = f"be {_plain(want)} like {first}"
+            if name in self.narrow and want == torch.float32:
+                rule += f", or {' or '.join(map(_plain, HALVES))}"
+            self._fail(TypeError, name, rule, _plain(dtype))
+        if want not in FLOATS:
+            rule = "be " + ", ".join(map(_plain, FLOATS[:-1])) + f" or {_plain(FLOATS[-1])}"
+            self._fail(TypeError, first, rule, _plain(want))
+
+    def _check_scalar(self, scalar: Scalar, value: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # a float may be symbolic; the raw op checks it when it runs
+        if not scalar.fits(value):
+            error = ValueError if isinstance(value, str) and scalar.choices else TypeError
+            self._fail(error, scalar.name, scalar.rule, repr(value))
+        domain = self.domain[scalar.name]
+        if scalar.kind is float and not domain.holds(torch.tensor(float(value))):
+            self._fail(ValueError, scalar.name, domain.rule, f"{value:g}")
 
     def _check_reduction(self, reduction: str, denominator: object) -> None:
         if reduction not in ("mean", "sum", "none"):
@@ -172,14 +312,17 @@ class Op:
             rule = "come with reduction='mean'"
             self._fail(ValueError, "denominator", rule, f"reduction={reduction!r}")
 
-    def _check_values(self, args: Sequence[Tensor]) -> None:
-        for name, arg in zip(self.inputs, args, strict=True):
+    def _check_values(self, named: dict[str, Tensor]) -> None:
+        _, sizes = self.signature.bind(_shapes([named.get(name) for name in self.inputs]))
+        for name, arg in named.items():
             domain = self.domain[name]
-            wrong = domain.holds(arg.detach()).logical_not().nonzero()
+            size = [sizes[domain.size]] if domain.size else []
+            holds = domain.holds(arg.detach(), *size)
+            wrong = holds.logical_not().nonzero()
             if len(wrong):
                 at = wrong[0].tolist()
                 # a difference is one shorter than the values: the later of the two is named
-                at[-1] += arg.shape[-1] - domain.holds(arg.detach()).shape[-1]
+                at[-1] += arg.shape[-1] - holds.shape[-1]
                 self._fail(ValueError, name, domain.rule, f"{arg[tuple(at)].item():g} at {at}")
 
     def _fail(self, error: type[Exception], name: str, rule: str, got: object) -> None:
@@ -187,24 +330,30 @@ class Op:
 
     # ---- the reference as a backend
 
-    def _reference_fwd(self, *args: Tensor) -> Any:
-        return self.reference(*map(_accumulated, args))
+    def _reference_fwd(self, *args: Any) -> Any:
+        tensors = [_accumulated(x) for x in args[: len(self.inputs)]]
+        values = dict(zip(self.inputs, tensors, strict=True))
+        required = [values.pop(name) for name in self._required]
+        scalars = zip(self.scalars, args[len(self.inputs) :], strict=True)
+        named = {scalar.name: scalar.decode(value) for scalar, value in scalars}
+        return self.reference(*required, **values, **named)
 
-    def _reference_bwd(self, *args: Any) -> tuple[Tensor, ...]:
-        d_outputs, inputs, needs = self._split_bwd(args)
-        wide = [_accumulated(x.detach()).requires_grad_() for x in inputs]
+    def _reference_bwd(self, *args: Any) -> Any:
+        d_outputs, raw, needs = self._split_bwd(args)
+        wide, wanted = [*raw], {}
+        for bit, i in enumerate(self.differentiable):
+            if raw[i] is not None and needs >> bit & 1:
+                wide[i] = wanted[i] = _accumulated(raw[i].detach()).requires_grad_()
         # below the dispatcher autograd's keys are excluded, and a reference is differentiated there
         below = torch._C._SetExcludeDispatchKeyGuard
         with below(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-            outputs = self.reference(*wide)
-            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-            grads = torch.autograd.grad(outputs, wide, d_outputs)
-        return tuple(
-            grad.to(x.dtype) if needs >> i & 1 else x.new_empty(0)
-            for i, (x, grad) in enumerate(zip(inputs, grads, strict=True))
-        )
+            found = _gradients(self._reference_fwd(*wide), [*wanted.values()], d_outputs)
+        grads = {i: grad.to(raw[i].dtype) for i, grad in zip(wanted, found, strict=True)}
+        out = [grads.get(i, raw[0].new_empty(0)) for i in self.differentiable]
+        return out[0] if len(out) == 1 else tuple(out)
 
-    def _split_bwd(self, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor], int]:
+    def _split_bwd(self, args: tuple[Any, ...]) -> tuple[list[Any], list[Any], int]:
+        """The gradients of the outputs, the arguments of the forward, and `needs`."""
         outputs = len(self.signature.outputs)
         return [*args[:outputs]], [*args[outputs:-1]], args[-1]
 
@@ -213,14 +362,16 @@ class Op:
     def _register(self, namespace: str) -> torch.library.Library:
         """Define both ops in a namespace; `rayfuse` itself dispatches, the others are libraries."""
         library = torch.library.Library(namespace, "FRAGMENT")
-        inputs = [f"Tensor {name}" for name in self.inputs]
-        outputs = [array.name for array in self.signature.outputs]
-        d_outputs = [f"Tensor {_GRADIENT_PREFIX}{name}" for name in outputs]
+        inputs = [f"Tensor{'?' * x.optional} {x.name}" for x in self.signature.inputs]
+        inputs += [scalar.schema for scalar in self.scalars]
+        # of several outputs a loss often uses some
+        d_output = "Tensor" if len(self.outputs) == 1 else "Tensor?"
+        d_outputs = [f"{d_output} {_GRADIENT_PREFIX}{name}" for name in self.outputs]
         directions = {
-            self.name: (inputs, len(outputs), self._fake_fwd, self.run_fwd),
+            self.name: (inputs, len(self.outputs), self._fake_fwd, self.run_fwd),
             f"{self.name}_bwd": (
                 [*d_outputs, *inputs, "int needs"],
-                len(inputs),
+                len(self.differentiable),
                 self._fake_bwd,
                 self.run_bwd,
             ),
@@ -235,56 +386,78 @@ class Op:
                 torch.library.register_vmap(f"{namespace}::{name}", batched, lib=library)
         return library
 
-    def run_fwd(self, *inputs: Tensor) -> Any:
+    def run_fwd(self, *args: Any) -> Any:
         """The raw forward on the backend that is chosen for these tensors."""
-        self._check_once(inputs)
-        return self.kernels.choose(inputs[0].device.type).run_fwd(inputs)
+        self._check_raw(args)
+        return self.kernels.choose(args[0].device.type).run_fwd(args)
 
     def run_bwd(self, *args: Any) -> Any:
-        """The raw backward: gradients of all inputs, empty where `needs` has no bit."""
-        d_outputs, inputs, needs = self._split_bwd(args)
-        self._check_once(inputs)
-        leading, sizes = self.signature.bind([x.shape for x in inputs])
+        """The raw backward: gradients of the inputs, empty where `needs` has no bit."""
+        d_outputs, raw, needs = self._split_bwd(args)
+        self._check_raw(raw)
+        leading, sizes = self.signature.bind(_shapes(raw[: len(self.inputs)]))
         for array, d_output in zip(self.signature.outputs, d_outputs, strict=True):
             shape = list(array.shape(leading, sizes))
-            if list(d_output.shape) != shape:
+            if d_output is not None and list(d_output.shape) != shape:
                 name = _GRADIENT_PREFIX + array.name
                 self._fail(ValueError, name, f"have shape {shape}", list(d_output.shape))
-        return self.kernels.choose(inputs[0].device.type).run_bwd((*d_outputs, *inputs), needs)
+        return self.kernels.choose(raw[0].device.type).run_bwd((*d_outputs, *raw), needs)
 
-    def _fake_fwd(self, *inputs: Tensor) -> Any:
-        leading, sizes = self.signature.bind([x.shape for x in inputs])
-        dtype = _accumulator(inputs[0].dtype)
+    def _check_raw(self, raw: Sequence[Any]) -> None:
+        for scalar, value in zip(self.scalars, raw[len(self.inputs) :], strict=True):
+            if scalar.choices and not 0 <= value < len(scalar.choices):
+                self._fail(ValueError, scalar.name, f"be < {len(scalar.choices)}", value)
+        scalars = zip(self.scalars, raw[len(self.inputs) :], strict=True)
+        self._check_once((*raw[: len(self.inputs)], *[s.decode(value) for s, value in scalars]))
+
+    def _fake_fwd(self, *raw: Any) -> Any:
+        leading, sizes = self.signature.bind(_shapes(raw[: len(self.inputs)]))
+        dtype = _accumulator(raw[0].dtype)
         outputs = [
-            inputs[0].new_empty(array.shape(leading, sizes), dtype=dtype)
+            raw[0].new_empty(array.shape(leading, sizes), dtype=dtype)
             for array in self.signature.outputs
         ]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _fake_bwd(self, *args: Any) -> Any:
-        _, inputs, needs = self._split_bwd(args)
-        grads = [x.new_empty(x.shape if needs >> i & 1 else (0,)) for i, x in enumerate(inputs)]
+        _, raw, needs = self._split_bwd(args)
+        grads = [
+            raw[0].new_empty(0)
+            if raw[i] is None
+            else raw[i].new_empty(raw[i].shape if needs >> bit & 1 else (0,))
+            for bit, i in enumerate(self.differentiable)
+        ]
         return grads[0] if len(grads) == 1 else tuple(grads)
 
     def _batched(self, name: str, info: Any, in_dims: Any, *args: Any) -> Any:
         """vmap of a raw op."""
+        self.check_batchable()
         out = getattr(torch.ops.rayfuse, name)(*_batch_first(info, in_dims, args))
         # gradients that are not needed are empty, and have no batch dimension
         if isinstance(out, Tensor):
             return out, 0
         return out, tuple(None if x.shape == (0,) else 0 for x in out)
 
+    def check_batchable(self) -> None:
+        """Raise NotImplementedError unless a batch is one more leading dimension."""
+        if not all(array.leading for array in (*self.signature.inputs, *self.signature.outputs)):
+            raise NotImplementedError(
+                f"{self.name}: vmap needs leading dimensions, and there are none here: "
+                "concatenate the batch instead"
+            )
+
     # ---- autograd
 
     def differentiable_bwd(
-        self, d_outputs: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """The gradients as a graph, for a second derivative, through the reference."""
-        outputs = self._reference_fwd(*inputs)
-        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        grads = iter(torch.autograd.grad(outputs, wanted, d_outputs, create_graph=True))
-        return [next(grads) if need else None for need in needs]
+        self, d_outputs: Sequence[Tensor | None], raw: Sequence[Any], wanted: Sequence[int]
+    ) -> Sequence[Tensor]:
+        """The gradients as a graph, for a second derivative, by the reference."""
+        inputs = [raw[i] for i in wanted]
+        return _gradients(self._reference_fwd(*raw), inputs, d_outputs, create_graph=True)
+
+    def needs(self, wanted: Sequence[int]) -> int:
+        """The bits that ask the raw backward for the gradients of these inputs."""
+        return sum([1 << bit for bit, i in enumerate(self.differentiable) if i in wanted])
 
     # ---- samples
 
@@ -297,15 +470,16 @@ class Op:
     ) -> list[Tensor]:
         """Random inputs in their domains, with these leading dimensions and sizes."""
         generator = torch.Generator().manual_seed(seed)
-        uniform = torch.float64 if dtype == torch.float64 else torch.float32
-        return [
-            self.domain[array.name]
-            .from_uniform(
-                torch.rand(array.shape(leading, sizes), generator=generator, dtype=uniform)
-            )
-            .to(dtype)
-            for array in self.signature.inputs
-        ]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def value(array: dims.Array) -> Tensor:
+            domain, shape = self.domain[array.name], array.shape(leading, sizes)
+            u = torch.rand(shape, generator=generator, dtype=wide)
+            if domain.size:
+                return domain.from_uniform(u, sizes[domain.size])
+            return domain.from_uniform(u).to(dtype)
+
+        return [value(array) for array in self.signature.inputs]
 
 
 # a training run has a handful of shapes; one whose shapes never repeat must not fill the memory
@@ -315,90 +489,126 @@ _PASSED_AT_MOST = 1024
 _OPS: dict[str, Op] = {}
 
 
-def _autograd_functions(name: str) -> tuple[type[torch.autograd.Function], ...]:
-    """(reduction, denominator, *inputs) -> outputs as an autograd Function, in two forms.
+def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Function], ...]:
+    """(reduction, denominator, *tensors, *scalars) -> outputs as an autograd Function, twice.
 
     torch.func and torch.compile want `setup_context`, which doubles the cost of an eager call.
     """
     raw = getattr(torch.ops.rayfuse, name).default
     raw_bwd = getattr(torch.ops.rayfuse, f"{name}_bwd").default
 
-    def run(inputs: Sequence[Tensor]) -> Any:
+    def run(args: Sequence[Any]) -> Any:
         if torch.compiler.is_compiling():
-            return raw(*inputs)
+            return raw(*args)
         # past torch.ops, which costs more than all the rest of an eager call
-        return _OPS[name].kernels.choose(inputs[0].device.type).run_fwd(inputs)
+        return _OPS[name].kernels.choose(args[0].device.type).run_fwd(args)
 
-    def reduce(out: Tensor, reduction: str | None, denominator: Any) -> Tensor:
+    def reduce(out: Any, reduction: str | None, denominator: Any) -> Any:
         if reduction not in ("mean", "sum"):
             return out
-        return _reduced(out, _count(out.shape, reduction, denominator))
+        if isinstance(out, Tensor):
+            return _reduced(out, _count(out.shape, reduction, denominator))
+        return tuple([_reduced(x, _count(x.shape, reduction, denominator)) for x in out])
 
-    def save(ctx: Any, reduction: str | None, denominator: Any, inputs: Sequence[Tensor]) -> None:
-        ctx.save_for_backward(*inputs)
+    def save(ctx: Any, reduction: str | None, denominator: Any, args: Sequence[Any]) -> None:
+        ctx.save_for_backward(*args[:arity])
+        ctx.scalars = args[arity:]
         ctx.reduction, ctx.denominator = reduction, denominator
         # the backward may run in another thread, where another backend is forced
         ctx.backend = None if torch.compiler.is_compiling() else backend.last_backend()
 
+    def per_ray(ctx: Any, d_output: Tensor | None, rays: tuple[int, ...]) -> Tensor | None:
+        """The gradient of each ray's loss, from that of the reduced one."""
+        if d_output is None:
+            return None
+        d_loss, count = d_output.expand(rays), _count(rays, ctx.reduction, ctx.denominator)
+        return d_loss if count is None else d_loss / count
+
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, reduction: str | None, denominator: Any, *inputs: Tensor) -> Any:
-            out = run(inputs)
-            save(ctx, reduction, denominator, inputs)
+        def forward(ctx: Any, reduction: str | None, denominator: Any, *args: Any) -> Any:
+            out = run(args)
+            save(ctx, reduction, denominator, args)
+            if not isinstance(out, Tensor):
+                ctx.set_materialize_grads(False)
             return reduce(out, reduction, denominator)
 
         @staticmethod
-        def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-            inputs = ctx.saved_tensors
-            needs = ctx.needs_input_grad[2:]
+        def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+            op = _OPS[name]
+            args = (*ctx.saved_tensors, *ctx.scalars)
+            wanted = [i for i in op.differentiable if ctx.needs_input_grad[2 + i]]
             if ctx.reduction in ("mean", "sum"):
-                rays = _OPS[name].signature.leading(inputs)
-                d_loss = d_outputs[0].expand(rays)
-                count = _count(rays, ctx.reduction, ctx.denominator)
-                d_outputs = (d_loss if count is None else d_loss / count,)
+                rays = op.signature.shape_of_first_output(args[:arity])
+                d_outputs = tuple([per_ray(ctx, d, rays) for d in d_outputs])
+            found: list[Tensor | None] = [None] * (2 + len(args))
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                grads = op.differentiable_bwd(d_outputs, args, wanted)
+                for i, grad in zip(wanted, grads, strict=True):
+                    found[2 + i] = grad
+                return tuple(found)
+            needs = op.needs(wanted)
             if torch.compiler.is_compiling():
-                grads = raw_bwd(*d_outputs, *inputs, _mask(needs))
-            elif torch.is_grad_enabled():
-                grads = _OPS[name].differentiable_bwd(d_outputs, inputs, needs)
+                grads = raw_bwd(*d_outputs, *args, needs)
             else:
-                chosen = _OPS[name].kernels.choose(inputs[0].device.type, ctx.backend)
-                grads = chosen.run_bwd((*d_outputs, *inputs), _mask(needs))
+                chosen = op.kernels.choose(args[0].device.type, ctx.backend)
+                grads = chosen.run_bwd((*d_outputs, *args), needs)
             grads = (grads,) if isinstance(grads, Tensor) else grads
-            return None, None, *[grads[i] if needs[i] else None for i in range(len(needs))]
+            for i, grad in zip(op.differentiable, grads, strict=True):
+                if i in wanted:
+                    found[2 + i] = grad
+            return tuple(found)
 
     class Transformable(Function):
         @staticmethod
-        def forward(reduction: str | None, denominator: Any, *inputs: Tensor) -> Any:  # type: ignore[override]
-            return reduce(run(inputs), reduction, denominator)
+        def forward(reduction: str | None, denominator: Any, *args: Any) -> Any:  # type: ignore[override]
+            return reduce(run(args), reduction, denominator)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            reduction, denominator, *tensors = inputs
-            save(ctx, reduction, denominator, tensors)
+            reduction, denominator, *args = inputs
+            save(ctx, reduction, denominator, args)
+            if not isinstance(output, Tensor):
+                ctx.set_materialize_grads(False)
 
         @staticmethod
         def vmap(
-            info: Any, in_dims: Any, reduction: str | None, denominator: Any, *inputs: Tensor
+            info: Any, in_dims: Any, reduction: str | None, denominator: Any, *args: Any
         ) -> Any:
-            inputs = _batch_first(info, in_dims[2:], inputs)
+            _OPS[name].check_batchable()
+            args = _batch_first(info, in_dims[2:], args)
+
+            def reduce_each(loss: Tensor) -> Tensor:
+                total = loss.unsqueeze(-1).flatten(1).sum(1)
+                count = _count(loss.shape[1:], reduction or "", denominator)
+                return total if count is None else total / count
+
             if reduction not in ("mean", "sum"):
-                out = Transformable.apply(reduction, None, *inputs)
-                return out, torch.utils._pytree.tree_map(lambda _: 0, out)
-            loss = Transformable.apply("none", None, *inputs)
-            total = loss.unsqueeze(-1).flatten(1).sum(1)
-            count = _count(loss.shape[1:], reduction, denominator)
-            return total if count is None else total / count, 0
+                out = Transformable.apply(reduction, None, *args)
+            else:
+                out = torch.utils._pytree.tree_map(
+                    reduce_each, Transformable.apply("none", None, *args)
+                )
+            return out, torch.utils._pytree.tree_map(lambda _: 0, out)
 
     Function.__name__ = Function.__qualname__ = f"{name}.Function"
     return Function, Transformable
 
 
-def _mask(needs: Sequence[bool]) -> int:
-    """Bit i says whether input i needs a gradient."""
-    mask = 0
-    for i, need in enumerate(needs):
-        mask |= need << i
-    return mask
+def _gradients(
+    outputs: Any, wanted: Sequence[Tensor], d_outputs: Sequence[Tensor | None], **options: Any
+) -> Sequence[Tensor]:
+    """torch.autograd.grad, where outputs may have no gradient and inputs no influence."""
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    pairs = [
+        (y, d_y)
+        for y, d_y in zip(outputs, d_outputs, strict=True)
+        if d_y is not None and y.requires_grad
+    ]
+    if not (pairs and wanted):
+        return [torch.zeros_like(x) for x in wanted]
+    used, d_used = zip(*pairs, strict=True)
+    return torch.autograd.grad(used, wanted, d_used, materialize_grads=True, **options)
 
 
 def _batch_first(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, ...]:
@@ -420,8 +630,12 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALVES else dtype
 
 
-def _accumulated(x: Tensor) -> Tensor:
-    return x.to(_accumulator(x.dtype))
+def _accumulated(x: Any) -> Any:
+    return x.to(_accumulator(x.dtype)) if isinstance(x, Tensor) else x
+
+
+def _shapes(tensors: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
+    return [None if x is None else x.shape for x in tensors]
 
 
 # torch adds up fewer values than this on one thread, whatever the number of threads
@@ -437,9 +651,9 @@ def _reduced(loss: Tensor, count: float | Tensor | None) -> Tensor:
 
 
 def _count(
-    rays: torch.Size, reduction: str, denominator: float | Tensor | None
+    rays: Sequence[int], reduction: str, denominator: float | Tensor | None
 ) -> float | Tensor | None:
     """What divides the sum: no rays give the exact 0 of an empty sum, not 0 / 0."""
     if reduction == "sum":
         return None
-    return max(1, rays.numel()) if denominator is None else denominator
+    return max(1, math.prod(rays)) if denominator is None else denominator
