@@ -3,7 +3,7 @@
 import torch
 
 from rayfuse import backend
-from rayfuse.ops import __all__ as STEMS
+from rayfuse.ops import STEMS
 
 assert torch.version.cuda, "this torch has no CUDA"
 assert backend.library_path("cuda").exists(), "no library to load: build it with RAYFUSE_CUDA=1"

@@ -6,6 +6,7 @@ inputs come from the op's own spec.
 
 import contextlib
 import itertools
+import re
 
 import pytest
 import torch
@@ -16,6 +17,17 @@ from rayfuse import backend
 from rayfuse.op import HALVES
 
 LEADING = [(), (1,), (5,), (2, 3), (0,)]
+OF_LOSSES = (
+    "test_reductions_agree_with_the_values_per_ray",
+    "test_micro_batches_with_a_denominator_add_up_to_the_batch",
+    "test_no_rays_give_exactly_zero_with_a_graph",
+    "test_reduction_and_denominator_are_checked",
+)
+OF_NARROW = ("test_narrow_inputs_beside_float32_are_read_as_they_are",)
+
+
+def as_tuple(out):
+    return (out,) if isinstance(out, torch.Tensor) else tuple(out)
 
 
 class Contract:
@@ -26,11 +38,20 @@ class Contract:
     # a size in the middle: big enough for every path, small enough for finite differences
     typical: dict[str, int] = {}
     leading = (7,)
+    # keywords to check values and gradients under, None for an optional tensor that is absent; all
+    # other tests use the first
+    variants: tuple[dict[str, object], ...] = ({},)
     # what GPU kernels are compiled for: aligned and not, in one block and in many
     gpu_sizes: tuple[dict[str, int], ...] = ()
 
     def __init_subclass__(cls):
+        if cls.op is None:
+            return
         cls.spec = cls.op.op
+        # what would not apply is not collected
+        for applies, tests in ((cls.spec.is_loss, OF_LOSSES), (cls.spec.narrow, OF_NARROW)):
+            for test in tests if not applies else ():
+                setattr(cls, test, None)
 
     # ---- inputs
 
@@ -39,31 +60,95 @@ class Contract:
         sizes = sizes or self.typical
         return [x.to(device) for x in self.spec.sample(leading, dtype, seed, **sizes)]
 
-    def call(self, args, **options):
-        return type(self).op(*args, **options)
+    def floating(self, args):
+        """The places of inputs that are not integers."""
+        return [i for i, x in enumerate(args) if x.is_floating_point()]
 
-    def gradients(self, args, d_loss, needs=None):
-        """The loss of each ray and the gradients of all inputs, or of those in `needs`."""
-        args = [x.detach().clone().requires_grad_() for x in args]
-        loss = self.call(args, reduction="none")
-        wanted = [x for i, x in enumerate(args) if needs is None or i in needs]
-        return loss, torch.autograd.grad(loss, wanted, d_loss.to(loss))
+    def differentiable(self, variant=None):
+        """The places of inputs that get a gradient."""
+        absent = self.variants[0] if variant is None else variant
+        inputs = self.spec.inputs
+        return [i for i in self.spec.differentiable if absent.get(inputs[i], 0) is not None]
 
-    def d_loss(self, leading, seed=1):
-        return torch.rand(leading, generator=torch.Generator().manual_seed(seed)) + 0.5
+    def leaves(self, args, wanted=None):
+        """Fresh copies, of which those that get a gradient want one."""
+        wanted = self.spec.differentiable if wanted is None else wanted
+        return [x.detach().clone().requires_grad_(i in wanted) for i, x in enumerate(args)]
 
-    def assert_as_right_as_torch(self, ours, args, leading, what):
+    # ---- calls
+
+    def call(self, args, variant=None, **options):
+        """The op on its inputs in order, those that are optional by name."""
+        named = {**(self.variants[0] if variant is None else variant), **options}
+        required = []
+        for array, x in zip(self.spec.signature.inputs, args, strict=True):
+            if array.optional:
+                named.setdefault(array.name, x)
+            else:
+                required.append(x)
+        return type(self).op(*required, **named)
+
+    def outputs(self, args, variant=None):
+        """All outputs, one value per ray of losses."""
+        options = {"reduction": "none"} if self.spec.is_loss else {}
+        return as_tuple(self.call(args, variant, **options))
+
+    def objective(self, args, **options):
+        """A number: the mean losses, or the sum of all outputs squared."""
+        out = as_tuple(self.call(args, **options))
+        return sum(out) if self.spec.is_loss else sum(y.square().sum() for y in out)
+
+    def d_outputs(self, args, variant=None, seed=1):
+        """Random gradients of all outputs."""
+        present = [
+            None if (variant or {}).get(name, 0) is None else x.shape
+            for name, x in zip(self.spec.inputs, args, strict=True)
+        ]
+        leading, sizes = self.spec.signature.bind(present)
+        generator = torch.Generator().manual_seed(seed)
+        wide = torch.promote_types(args[0].dtype, torch.float32)
+        return [
+            (torch.rand(y.shape(leading, sizes), generator=generator) + 0.5).to(
+                args[0].device, wide
+            )
+            for y in self.spec.signature.outputs
+        ]
+
+    def gradients(self, args, d_outputs=None, variant=None):
+        """The outputs per ray and the gradients of all inputs that get one."""
+        variant = self.variants[0] if variant is None else variant
+        args = self.leaves(args)
+        outputs = self.outputs(args, variant)
+        if d_outputs is None:
+            d_outputs = self.d_outputs(args, variant)
+        wanted = [args[i] for i in self.differentiable(variant)]
+        d_outputs = [d_y.to(y.dtype) for y, d_y in zip(outputs, d_outputs, strict=True)]
+        return outputs, torch.autograd.grad(outputs, wanted, d_outputs, materialize_grads=True)
+
+    def gradients_of_objective(self, args, **options):
+        args = self.leaves(args)
+        value = self.objective(args, **options)
+        return value.detach(), torch.autograd.grad(value, [args[i] for i in self.differentiable()])
+
+    def assert_as_right_as_torch(self, args, what="", variant=None):
         """|ours - f64| <= |torch's own arithmetic in this dtype - f64| + a few roundings."""
-        d_loss = self.d_loss(leading)
+        variant = self.variants[0] if variant is None else variant
+        d_outputs = self.d_outputs(args, variant)
+        ours = self.gradients(args, d_outputs, variant)
+        on_cpu = [d_y.cpu() for d_y in d_outputs]
         with rayfuse.use_backend("ref"):
-            true = self.gradients([x.detach().cpu().double() for x in args], d_loss)
-            torch_ = self.gradients([x.detach().cpu() for x in args], d_loss)
-        names = [what, *(f"d_{name}" for name in self.spec.inputs)]
+            wide = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in args]
+            true = self.gradients(wide, on_cpu, variant)
+            torch_ = self.gradients([x.cpu() for x in args], on_cpu, variant)
+        names = [
+            *self.spec.outputs,
+            *(f"d_{self.spec.inputs[i]}" for i in self.differentiable(variant)),
+        ]
         for name, ours_, torch__, true_ in zip(
-            names, (ours[0], *ours[1]), (torch_[0], *torch_[1]), (true[0], *true[1]), strict=True
+            names, *((*values, *grads) for values, grads in (ours, torch_, true)), strict=True
         ):
+            assert ours_.shape == true_.shape, f"{name} {what}"
             if true_.numel() == 0:
-                assert ours_.shape == true_.shape
                 continue
             scale = true_.abs().max().clamp(min=1e-30)
             # in float64 the truth itself carries the roundings of a sum in another order
@@ -71,64 +156,93 @@ class Contract:
             allowed = (torch__.double() - true_).abs() + roundings * scale
             error = (ours_.detach().cpu().double() - true_).abs()
             worst = (error / allowed).max().item()
-            assert worst <= 1, f"{name}: error is {worst:.2f} of what torch's own allows"
+            assert worst <= 1, f"{name} {what}: error is {worst:.2f} of what torch's own allows"
+
+    def assert_equal(self, got, want, what=""):
+        """Two results of `gradients`, to the bit."""
+        for ours, right in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+            assert torch.equal(ours, right), what
 
     # ---- values
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
     def test_values_and_gradients_are_as_right_as_torch(self, forced_backend, device, dtype):
-        for (i, sizes), leading in itertools.product(enumerate(self.sizes), LEADING):
-            args = self.inputs(leading, dtype, device, seed=i, **sizes)
-            ours = self.gradients(args, self.d_loss(leading).to(device))
-            assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-            assert all(g.dtype == dtype for g in ours[1])
-            self.assert_as_right_as_torch(ours, args, leading, f"loss at {sizes}, {leading}")
+        for v, variant in enumerate(self.variants):
+            # what differs between variants does not depend on the leading shape
+            leading_shapes = LEADING if v == 0 else [(5,)]
+            for (i, sizes), leading in itertools.product(enumerate(self.sizes), leading_shapes):
+                args = self.inputs(leading, dtype, device, seed=i, **sizes)
+                outputs, grads = self.gradients(args, variant=variant)
+                sums = torch.promote_types(dtype, torch.float32)
+                assert all(y.dtype == sums for y in outputs)
+                assert all(g.dtype == dtype for g in grads)
+                self.assert_as_right_as_torch(args, f"at {sizes}, {leading}, {variant}", variant)
 
     @pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
     def test_half_precision_is_float32_rounded_once(self, forced_backend, device, dtype):
         for sizes in self.sizes:
             args = self.inputs(dtype=dtype, device=device, **sizes)
-            d_loss = self.d_loss(self.leading).to(device)
-            loss, grads = self.gradients(args, d_loss)
-            wide, wide_grads = self.gradients([x.float() for x in args], d_loss)
-            assert torch.equal(loss, wide)
-            assert all(map(torch.equal, grads, [grad.to(dtype) for grad in wide_grads]))
+            wide = [x.float() if x.is_floating_point() else x for x in args]
+            self.assert_rounded_once(args, wide)
+
+    @pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
+    def test_narrow_inputs_beside_float32_are_read_as_they_are(self, forced_backend, device, dtype):
+        for sizes in self.sizes:
+            args = self.inputs(dtype=torch.float32, device=device, **sizes)
+            mixed = [
+                x.to(dtype) if name in self.spec.narrow else x
+                for name, x in zip(self.spec.inputs, args, strict=True)
+            ]
+            wide = [x.float() if x.is_floating_point() else x for x in mixed]
+            self.assert_rounded_once(mixed, wide)
+
+    def assert_rounded_once(self, args, wide):
+        outputs, grads = self.gradients(args)
+        wide_outputs, wide_grads = self.gradients(wide)
+        inputs = [args[i] for i in self.differentiable()]
+        rounded = [grad.to(x.dtype) for x, grad in zip(inputs, wide_grads, strict=True)]
+        self.assert_equal((outputs, grads), (wide_outputs, rounded))
 
     def test_backend_that_was_forced_is_the_one_that_runs(self, forced_backend, device):
-        args = [x.requires_grad_() for x in self.inputs(device=device)]
         with rayfuse.use_backend("ref"):
             self.call(self.inputs(device=device))
-        loss = self.call(args)
+        value = self.objective(self.leaves(self.inputs(device=device)))
         assert rayfuse.last_backend() == forced_backend
         with rayfuse.use_backend("ref"):
-            loss.backward()
+            value.backward()
         assert rayfuse.last_backend() == forced_backend, "the backward ran on another backend"
 
     def test_gradients_pass_gradcheck(self, forced_backend, device):
-        args = [x.requires_grad_() for x in self.inputs((3,), torch.float64, device)]
-        for reduction in ("mean", "sum", "none"):
-            assert torch.autograd.gradcheck(lambda *a: self.call(a, reduction=reduction), args)  # noqa: B023
+        args = self.leaves(self.inputs((3,), torch.float64, device))
+        for variant in self.variants:
+            assert torch.autograd.gradcheck(lambda *a: self.outputs(a, variant), args)  # noqa: B023
+        if self.spec.is_loss:
+            for reduction in ("mean", "sum"):
+                assert torch.autograd.gradcheck(
+                    lambda *a: self.call(a, reduction=reduction),  # noqa: B023
+                    args,
+                )
 
     def test_second_derivatives_pass_gradgradcheck(self, forced_backend, device):
-        args = [x.requires_grad_() for x in self.inputs((2,), torch.float64, device)]
+        args = self.leaves(self.inputs((2,), torch.float64, device))
         assert torch.autograd.gradgradcheck(lambda *a: self.call(a), args)
         # a gradient with a graph is the same gradient, whichever inputs want one
-        for i in range(len(args)):
-            one = [x.detach().requires_grad_(i == j) for j, x in enumerate(args)]
-            (plain,) = torch.autograd.grad(self.call(one), one[i])
-            (graph,) = torch.autograd.grad(self.call(one), one[i], create_graph=True)
+        for i in self.differentiable():
+            one = self.leaves(args, [i])
+            (plain,) = torch.autograd.grad(self.objective(one), one[i])
+            (graph,) = torch.autograd.grad(self.objective(one), one[i], create_graph=True)
             torch.testing.assert_close(graph, plain)
 
     def test_gradient_that_is_not_wanted_leaves_the_others_as_they_are(
         self, forced_backend, device
     ):
         args = self.inputs(device=device)
-        d_loss = self.d_loss(self.leading).to(device)
-        _, everything = self.gradients(args, d_loss)
-        for i in range(len(args)):
-            alone = [x.detach().clone().requires_grad_(i == j) for j, x in enumerate(args)]
-            self.call(alone, reduction="none").backward(d_loss)
-            assert torch.equal(alone[i].grad, everything[i])
+        d_outputs = self.d_outputs(args)
+        _, everything = self.gradients(args, d_outputs)
+        for i, whole in zip(self.differentiable(), everything, strict=True):
+            alone = self.leaves(args, [i])
+            torch.autograd.backward(self.outputs(alone), d_outputs)
+            assert torch.equal(alone[i].grad, whole)
             assert all(x.grad is None for j, x in enumerate(alone) if j != i)
 
     # ---- reductions
@@ -138,43 +252,41 @@ class Contract:
         if forced_backend in EMULATED:
             rays = tuple(min(n, 400) for n in rays)
         args = self.inputs(rays, device=device, **self.sizes[1])
-        each = self.call(args, reduction="none").double()
-        torch.testing.assert_close(self.call(args).double(), each.mean(), rtol=1e-6, atol=0)
-        torch.testing.assert_close(
-            self.call(args, reduction="sum").double(), each.sum(), rtol=1e-6, atol=0
-        )
+        each = self.outputs(args)
+        for reduction in ("mean", "sum"):
+            reduced = as_tuple(self.call(args, reduction=reduction))
+            for value, loss in zip(reduced, each, strict=True):
+                want = getattr(loss.double(), reduction)()
+                torch.testing.assert_close(value.double(), want, rtol=1e-6, atol=0)
 
     def test_micro_batches_with_a_denominator_add_up_to_the_batch(self, forced_backend, device):
         args = self.inputs((6,), torch.float64, device)
-        whole = self.gradients_of_mean(args)
+        whole = self.gradients_of_objective(args)
         total, grads = 0, []
         for part in (slice(0, 1), slice(1, 6)):
             for denominator in (6, torch.tensor(6.0, dtype=torch.float64, device=device)):
-                loss, grad = self.gradients_of_mean([x[part] for x in args], denominator)
+                loss, grad = self.gradients_of_objective(
+                    [x[part] for x in args], denominator=denominator
+                )
             total, grads = total + loss, [*grads, grad]
         torch.testing.assert_close(total, whole[0])
         for parts, full in zip(zip(*grads, strict=True), whole[1], strict=True):
             torch.testing.assert_close(torch.cat(parts), full)
 
-    def gradients_of_mean(self, args, denominator=None):
-        args = [x.detach().clone().requires_grad_() for x in args]
-        loss = self.call(args, denominator=denominator)
-        return loss.detach(), torch.autograd.grad(loss, args)
-
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
     def test_no_rays_give_exactly_zero_with_a_graph(self, forced_backend, device, reduction):
-        args = [x.requires_grad_() for x in self.inputs((0,), device=device)]
-        loss = self.call(args, reduction=reduction)
+        args = self.leaves(self.inputs((0,), device=device))
+        loss = self.objective(args, reduction=reduction)
         loss.backward()
         assert loss.item() == 0
-        assert all(x.grad.shape == x.shape for x in args)
+        assert all(args[i].grad.shape == args[i].shape for i in self.differentiable())
 
     # ---- memory
 
     def test_layouts_do_not_change_the_result(self, forced_backend, device):
         args = self.inputs((6,), device=device)
-        d_loss = self.d_loss((6,)).to(device)
-        want = self.gradients(args, d_loss)
+        d_outputs = self.d_outputs(args)
+        want = self.gradients(args, d_outputs)
 
         def strided(x):
             return torch.stack([x, -x], -1)[..., 0]
@@ -183,48 +295,54 @@ class Contract:
             return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
         def transposed(x):
-            return x.t().contiguous().t()
+            return x.transpose(0, -1).contiguous().transpose(0, -1)
 
         for layout in (strided, misaligned, transposed):
-            moved = [layout(x).requires_grad_() for x in args]
-            loss = self.call(moved, reduction="none")
-            grads = torch.autograd.grad(loss, moved, d_loss)
-            assert torch.equal(loss, want[0]), layout.__name__
-            for grad, full in zip(grads, want[1], strict=True):
-                assert torch.equal(grad, full), layout.__name__
+            moved = [layout(x) for x in args]
+            for i in self.spec.differentiable:
+                moved[i].requires_grad_()
+            outputs = self.outputs(moved)
+            wanted = [moved[i] for i in self.differentiable()]
+            grads = torch.autograd.grad(outputs, wanted, d_outputs, materialize_grads=True)
+            self.assert_equal((outputs, grads), want, layout.__name__)
 
     def test_expanded_inputs_and_gradients_are_read_right(self, forced_backend, device):
         one = self.inputs((1,), torch.float64, device)
-        args = [x.expand(4, *x.shape[1:]).requires_grad_() for x in one]
-        loss = self.call(args, reduction="none")
+        args = [x.expand(4, *x.shape[1:]) for x in one]
+        for i in self.spec.differentiable:
+            args[i].requires_grad_()
+        outputs = self.outputs(args)
         # an expanded gradient has stride 0
-        grads = torch.autograd.grad(loss, args, loss.new_full((1,), 2.0).expand(4))
-        want, full = self.gradients(one, torch.full((1,), 2.0))
-        assert torch.equal(loss, want.expand(4))
-        for grad, whole in zip(grads, full, strict=True):
-            assert torch.equal(grad, whole.expand_as(grad))
+        d_one = [y.detach()[:1] for y in outputs]
+        d_outputs = [d_y.expand(4, *d_y.shape[1:]) for d_y in d_one]
+        wanted = [args[i] for i in self.differentiable()]
+        grads = torch.autograd.grad(outputs, wanted, d_outputs, materialize_grads=True)
+        want, full = self.gradients(one, d_one)
+        for ours, whole in zip((*outputs, *grads), (*want, *full), strict=True):
+            assert torch.equal(ours, whole.expand_as(ours))
 
     def test_every_output_is_written(self, forced_backend, device):
         """Memory that held NaN before must not show through."""
         for sizes in self.sizes:
             args = self.inputs(device=device, **sizes)
-            d_loss = self.d_loss(self.leading).to(device)
+            d_outputs = self.d_outputs(args)
             # what was freed last is handed out first
-            poison = [torch.full_like(x, torch.nan) for x in (*args, *args, d_loss, d_loss)]
+            like = [args[i] for i in self.floating(args)]
+            poison = [torch.full_like(x, torch.nan) for x in (*like, *like, *d_outputs, *d_outputs)]
             del poison
-            loss, grads = self.gradients(args, d_loss)
-            assert all(torch.isfinite(x).all() for x in (loss, *grads)), sizes
+            outputs, grads = self.gradients(args, d_outputs)
+            assert all(torch.isfinite(x).all() for x in (*outputs, *grads)), sizes
 
     def test_inputs_stay_as_they_are_through_two_backwards(self, forced_backend, device):
-        args = [x.requires_grad_() for x in self.inputs(device=device)]
+        args = self.leaves(self.inputs(device=device))
         before = [x.detach().clone() for x in args]
-        loss = self.call(args)
-        loss.backward(retain_graph=True)
-        first = [x.grad.clone() for x in args]
-        loss.backward()
-        for x, was, grad in zip(args, before, first, strict=True):
-            assert torch.equal(x, was)
-            assert torch.equal(x.grad, 2 * grad)
+        value = self.objective(args)
+        value.backward(retain_graph=True)
+        first = [args[i].grad.clone() for i in self.differentiable()]
+        value.backward()
+        assert all(map(torch.equal, args, before))
+        for i, grad in zip(self.differentiable(), first, strict=True):
+            assert torch.equal(args[i].grad, 2 * grad)
 
     # ---- repeatability and bad values
 
@@ -233,133 +351,153 @@ class Contract:
         # so many rays that torch's own sum of them depends on the number of threads
         for rays in (1_003,) if forced_backend in EMULATED else (100_003, 200_003):
             args = self.inputs((rays,), device=device, **self.sizes[2])
+            d_outputs = self.d_outputs(args)
             results = []
             try:
                 for n in (1, 2, 3, 4, 2):
                     torch.set_num_threads(n)
-                    results.append(self.gradients_of_mean(args))
+                    results.append(self.gradients(args, d_outputs))
+                    if self.spec.is_loss:
+                        value, grads = self.gradients_of_objective(args)
+                        results[-1] = ((*results[-1][0], value), (*results[-1][1], *grads))
             finally:
                 torch.set_num_threads(threads)
-            for loss, grads in results[1:]:
-                assert torch.equal(loss, results[0][0])
-                assert all(map(torch.equal, grads, results[0][1]))
+            for result in results[1:]:
+                self.assert_equal(result, results[0])
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
     def test_bad_value_stays_in_its_own_ray(self, forced_backend, device, bad):
         clean = self.inputs((9,), device=device)
-        d_loss = self.d_loss((9,)).to(device)
-        want = self.gradients(clean, d_loss)
+        d_outputs = self.d_outputs(clean)
+        want = self.gradients(clean, d_outputs)
         others = [0, 1, 2, 3, 5, 6, 7, 8]
-        for i, x in enumerate(clean):
-            for column in (0, x.shape[-1] // 2, x.shape[-1] - 1):
+        for i in self.floating(clean):
+            values = clean[i][4].numel()
+            for place in sorted({0, values // 2, values - 1}):
                 args = [y.clone() for y in clean]
-                args[i][4, column] = bad
-                got = self.gradients(args, d_loss)
-                for ours, right in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
+                args[i][4].view(-1)[place] = bad
+                got = self.gradients(args, d_outputs)
+                for ours, right in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
                     assert torch.equal(ours[others], right[others])
 
     def test_nan_comes_out_as_nan(self, forced_backend, device):
-        args = self.inputs(device=device)
-        for x in args:
-            bad = [y.clone() for y in args]
-            bad[[y is x for y in args].index(True)][3, 1] = torch.nan
-            assert self.call(bad, reduction="none").isnan().tolist() == [
-                ray == 3 for ray in range(self.leading[0])
-            ]
+        clean = self.inputs(device=device)
+        for i in self.differentiable():
+            args = [y.clone() for y in clean]
+            args[i][3].view(-1)[min(1, args[i][3].numel() - 1)] = torch.nan
+            nans = [y.reshape(len(y), -1).isnan().any(1) for y in self.outputs(args)]
+            nan = torch.stack(nans).any(0)
+            assert nan.tolist() == [ray == 3 for ray in range(self.leading[0])], self.spec.inputs[i]
 
     # ---- torch's machinery
 
     def test_raw_ops_pass_opcheck(self, forced_backend, device):
+        fwd, bwd = (
+            getattr(torch.ops.rayfuse, self.spec.name + suffix).default for suffix in ("", "_bwd")
+        )
+        places = len(self.spec.differentiable)
         for dtype in (torch.float64, torch.float16):
-            args = self.inputs((2, 3), dtype, device)
-            d_loss = self.call(args, reduction="none")
-            fwd, bwd = (
-                getattr(torch.ops.rayfuse, self.spec.name + suffix).default
-                for suffix in ("", "_bwd")
-            )
-            torch.library.opcheck(fwd, args)
-            for needs in range(1, 1 << len(args)):
-                torch.library.opcheck(bwd, [d_loss, *args, needs])
+            tensors = self.inputs((2, 3), dtype, device)
+            raw = self.spec.raw_arguments(tensors, **self.variants[0])
+            torch.library.opcheck(fwd, raw)
+            d_outputs = self.d_outputs(tensors, self.variants[0])
+            for needs in {*(1 << i for i in range(places)), (1 << places) - 1}:
+                torch.library.opcheck(bwd, (*d_outputs, *raw, needs))
 
     def test_compiles_without_a_graph_break(self, forced_backend, device):
         torch.compiler.reset()
         compiled = torch.compile(
-            lambda *a: self.call(a).sin(), fullgraph=True, backend="aot_eager", dynamic=True
+            lambda *a: self.objective(a).sin(), fullgraph=True, backend="aot_eager", dynamic=True
         )
         for rays in (4, 7):
-            args = [x.requires_grad_() for x in self.inputs((rays,), torch.float64, device)]
-            grads = torch.autograd.grad(compiled(*args), args)
-            want = torch.autograd.grad(self.call(args).sin(), args)
+            args = self.leaves(self.inputs((rays,), torch.float64, device))
+            wanted = [args[i] for i in self.differentiable()]
+            grads = torch.autograd.grad(compiled(*args), wanted)
+            want = torch.autograd.grad(self.objective(args).sin(), wanted)
             for ours, right in zip(grads, want, strict=True):
                 torch.testing.assert_close(ours, right)
         assert rayfuse.last_backend() == forced_backend
 
     def test_vmap_is_one_more_leading_dimension(self, forced_backend, device):
         args = self.inputs((4, 3), torch.float64, device)
-        for reduction in ("none", "mean", "sum"):
-            want = torch.stack(
-                [self.call([x[i] for x in args], reduction=reduction) for i in range(4)]
-            )
+        losses = self.spec.is_loss
+        for options in [{"reduction": r} for r in ("none", "mean", "sum")] if losses else [{}]:
 
-            def one(*a, reduction=reduction):
-                return self.call(a, reduction=reduction)
+            def one(*a, options=options):
+                return as_tuple(self.call(a, **options))
 
+            def stacked(calls):
+                return tuple(map(torch.stack, zip(*calls, strict=True)))
+
+            want = stacked(one(*[x[i] for x in args]) for i in range(4))
             torch.testing.assert_close(torch.vmap(one)(*args), want)
             last = [x.movedim(0, -1) for x in args]
             torch.testing.assert_close(torch.vmap(one, in_dims=-1)(*last), want)
         # only the last input has a batch dimension
         shared = [x[0] for x in args[:-1]]
-        in_dims = (*[None] * len(shared), 0)
-        got = torch.vmap(one, in_dims=in_dims)(*shared, args[-1])
-        want = torch.stack([self.call([*shared, x], reduction="sum") for x in args[-1]])
-        torch.testing.assert_close(got, want)
+        got = torch.vmap(one, in_dims=(*[None] * len(shared), 0))(*shared, args[-1])
+        torch.testing.assert_close(got, stacked(one(*shared, x) for x in args[-1]))
         # the raw op batches by itself
         raw = getattr(torch.ops.rayfuse, self.spec.name)
-        torch.testing.assert_close(torch.vmap(raw)(*args), raw(*args))
+
+        def raw_one(*a):
+            return raw(*self.spec.raw_arguments(a, **self.variants[0]))
+
+        torch.testing.assert_close(torch.vmap(raw_one)(*args), raw_one(*args))
         assert rayfuse.last_backend() == forced_backend
 
     def test_torch_func_gives_the_gradients_of_autograd(self, forced_backend, device):
         args = self.inputs((4, 3), torch.float64, device)
-        every = tuple(range(len(args)))
-        per_sample = torch.vmap(torch.func.grad(lambda *a: self.call(a), every))(*args)
+        wanted = tuple(self.differentiable())
+        per_sample = torch.vmap(torch.func.grad(lambda *a: self.objective(a), wanted))(*args)
         for i in range(4):
-            _, want = self.gradients_of_mean([x[i] for x in args])
+            _, want = self.gradients_of_objective([x[i] for x in args])
             for ours, right in zip(per_sample, want, strict=True):
                 torch.testing.assert_close(ours[i], right)
 
-    def test_autocast_keeps_the_rule_of_float32_losses(self, forced_backend, device):
+    def test_autocast_keeps_the_rule_of_float32_sums(self, forced_backend, device):
         for dtype in (torch.float32, torch.bfloat16):
-            args = [x.requires_grad_() for x in self.inputs(dtype=dtype, device=device)]
+            args = self.leaves(self.inputs(dtype=dtype, device=device))
             with torch.autocast(device, torch.bfloat16):
-                loss = self.call(args)
-            loss.backward()
-            assert loss.dtype == torch.float32
-            assert all(x.grad.dtype == dtype for x in args)
+                outputs = self.outputs(args)
+            torch.autograd.backward(outputs, self.d_outputs(args))
+            assert all(y.dtype == torch.float32 for y in outputs)
+            assert all(args[i].grad.dtype == dtype for i in self.differentiable())
 
     # ---- errors, in the same words on every backend
 
+    def required(self, args):
+        """The inputs that are given by position."""
+        arrays = self.spec.signature.inputs
+        return [x for array, x in zip(arrays, args, strict=True) if not array.optional]
+
     def bad_calls(self, device):
-        """(message, exception, call) of what everybody gets wrong; ops add their own."""
-        args = self.inputs(device=device)
-        first, last = self.spec.inputs[0], self.spec.inputs[-1]
+        """(message, exception, arguments by position) of what everybody gets wrong."""
+        args = self.required(self.inputs(device=device))
+        arrays = self.required(self.spec.signature.inputs)
+        first, name, last = arrays[0].name, arrays[-1].name, args[-1]
         yield f"{first} must be a tensor, got list", TypeError, [[0.0], *args[1:]]
-        yield (
-            f"{last} must be float32 like {first}, got float64",
-            TypeError,
-            [*args[:-1], args[-1].double()],
-        )
         yield f"{first} must be float32, float64", TypeError, [x.long() for x in args]
-        yield f"{last} must be on {device}", ValueError, [*args[:-1], args[-1].to("meta")]
-        yield f"{last} must have shape", ValueError, [*args[:-1], args[-1][:3]]
-        yield f"{last} must have shape", ValueError, [*args[:-1], args[-1][..., :-1]]
         yield f"{first} must have shape", ValueError, [torch.zeros((), device=device), *args[1:]]
         yield "missing a required argument", TypeError, args[:-1]
         yield "too many positional arguments", TypeError, [*args, args[0]]
+        if len(args) == 1:
+            return
+        narrow = ", or bfloat16 or float16" if name in self.spec.narrow else ""
+        rule = f"{name} must be float32 like {first}{narrow}, got float64"
+        yield rule, TypeError, [*args[:-1], last.double()]
+        yield f"{name} must be on {device}", ValueError, [*args[:-1], last.to("meta")]
+        yield f"{name} must have shape", ValueError, [*args[:-1], last[:3]]
+        known = {letter for array in arrays[:-1] for letter, _ in array.dims}
+        for k, (letter, _) in enumerate(arrays[-1].dims):
+            if letter is None or letter in known:
+                short = last.narrow(k - len(arrays[-1].dims), 0, 1)
+                yield f"{name} must have shape", ValueError, [*args[:-1], short]
 
     def test_errors_name_the_argument_the_rule_and_the_value(self, forced_backend, device):
         for message, error, args in self.bad_calls(device):
             with pytest.raises(error) as raised:
-                self.call(args)
+                type(self).op(*args)
             text = str(raised.value)
             assert text.startswith(f"{self.spec.name}: "), text
             assert message in text, text
@@ -369,10 +507,17 @@ class Contract:
         args = self.inputs(device=device)
         fwd = getattr(torch.ops.rayfuse, self.spec.name)
         bwd = getattr(torch.ops.rayfuse, f"{self.spec.name}_bwd")
-        with pytest.raises(ValueError, match="must have shape"):
-            fwd(*args[:-1], args[-1][:3])
-        with pytest.raises(ValueError, match=r"d_loss must have shape \[7\], got \[6\]"):
-            bwd(torch.ones(6, device=device), *args, 1)
+        if len(args) > 1:
+            short = [*args[:-1], args[-1][:3]]
+            variant = {k: v for k, v in self.variants[0].items() if v is not None}
+            with pytest.raises(ValueError, match="must have shape"):
+                fwd(*self.spec.raw_arguments(short, **variant))
+        d_outputs = self.d_outputs(args, self.variants[0])
+        d_outputs[0] = d_outputs[0][:6]
+        name, shape = f"d_{self.spec.outputs[0]}", list(d_outputs[0].shape)
+        want = rf"{name} must have shape \[7{str(shape)[2:-1]}\], got {re.escape(str(shape))}"
+        with pytest.raises(ValueError, match=want):
+            bwd(*d_outputs, *self.spec.raw_arguments(args, **self.variants[0]), 1)
 
     def test_reduction_and_denominator_are_checked(self, forced_backend, device):
         args = self.inputs(device=device)
@@ -384,17 +529,22 @@ class Contract:
             self.call(args, reduction="sum", denominator=3)
 
     def test_debug_names_the_first_value_outside_the_domain(self, forced_backend, device):
-        for i, name in enumerate(self.spec.inputs):
+        present = set(self.differentiable()) | set(self.floating(self.inputs(device=device)))
+        for i in sorted(present):
+            name = self.spec.inputs[i]
+            if self.variants[0].get(name, 0) is None:
+                continue
             args = self.inputs(device=device)
-            args[i][2, 1] = torch.nan
+            args[i][2].view(-1)[-1] = torch.nan
             with contextlib.ExitStack() as stack:
                 assert not backend.debugging()
                 stack.enter_context(rayfuse.debug())
-                stack.enter_context(pytest.raises(ValueError, match=rf"{name} must be finite"))
+                stack.enter_context(pytest.raises(ValueError, match=rf"{name} must be"))
                 self.call(args)
             self.call(args)  # and is silent outside
 
     def test_arguments_may_be_named(self, forced_backend, device):
         args = self.inputs(device=device)
-        named = dict(zip(self.spec.inputs, args, strict=True))
-        assert torch.equal(type(self).op(**named), self.call(args))
+        named = {**dict(zip(self.spec.inputs, args, strict=True)), **self.variants[0]}
+        got, want = type(self).op(**named), self.call(args)
+        assert all(map(torch.equal, as_tuple(got), as_tuple(want)))

@@ -136,7 +136,7 @@ def moved(contract, dtype, sizes, rays=16):
     executor = simt.load()
     executor.reset()
     with rayfuse.use_backend("simt"):
-        contract.gradients(contract.inputs((rays,), dtype, **sizes), contract.d_loss((rays,)))
+        contract.gradients(contract.inputs((rays,), dtype, **sizes))
     counters = executor.counters()
     executor.reset()
     return counters

@@ -28,8 +28,8 @@ from triton.runtime.jit import JITFunction
 
 import cuda_code
 import simt
-from contract import Contract
-from rayfuse.ops import __all__ as STEMS
+from contract import Contract, as_tuple
+from rayfuse.ops import STEMS
 
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 TARGETS = {
@@ -168,9 +168,9 @@ def launches(contract: Contract, dtype: torch.dtype, sizes: dict[str, int]) -> l
 
     with mock.patch.object(JITFunction, "run", record):
         inputs = contract.inputs(dtype=dtype, **sizes)
-        outputs = kernels.fwd(*inputs)
-        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        kernels.bwd(*outputs, *inputs, (1 << len(inputs)) - 1)
+        raw = contract.spec.raw_arguments(inputs, **contract.variants[0])
+        outputs = as_tuple(kernels.fwd(*raw))
+        kernels.bwd(*outputs, *raw, (1 << len(contract.spec.differentiable)) - 1)
     return found
 
 

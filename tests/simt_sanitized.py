@@ -6,7 +6,7 @@ import torch
 
 import rayfuse
 from conftest import DTYPES
-from rayfuse.ops import __all__ as STEMS
+from rayfuse.ops import STEMS
 
 
 def run_all():
@@ -21,6 +21,6 @@ def run_all():
             for sizes in (*suite.sizes, *suite.gpu_sizes):
                 args = suite.inputs((2,), dtype, **sizes)
                 with rayfuse.use_backend("simt"):
-                    loss, grads = suite.gradients(args, suite.d_loss((2,)))
+                    outputs, grads = suite.gradients(args)
                 # a gradient over 65,536 samples may overflow half precision
-                assert not any(torch.isnan(x).any() for x in (loss, *grads))
+                assert not any(torch.isnan(x).any() for x in (*outputs, *grads))

@@ -16,7 +16,7 @@ import rayfuse
 import simt
 from contract import Contract
 from rayfuse import backend
-from rayfuse.ops import __all__ as STEMS
+from rayfuse.ops import STEMS
 from test_distortion_loss import TestDistortionLoss as Distortion
 from test_library import build_wheel, source, undefined_symbols  # noqa: F401
 

@@ -84,9 +84,7 @@ class TestDistortionLoss(Contract):
 
     @pytest.mark.parametrize("S", [4096, 65536])
     def test_long_rays(self, forced_backend, device, S):
-        args = self.inputs((2,), device=device, S=S)
-        d_loss = self.d_loss((2,)).to(device)
-        self.assert_as_right_as_torch(self.gradients(args, d_loss), args, (2,), f"loss at S={S}")
+        self.assert_as_right_as_torch(self.inputs((2,), device=device, S=S), f"at S={S}")
 
     @settings(max_examples=60, deadline=None)
     @given(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.ops import __all__ as STEMS
+from rayfuse.ops import STEMS
 
 SCRIPT = Path(__file__).parent / "gpu_code.py"
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"

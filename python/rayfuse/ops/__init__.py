@@ -1,9 +1,13 @@
-"""One module an op, found by name."""
+"""One module an op, found by name; a module may define more public functions in its `__all__`."""
 
 import importlib
 import pkgutil
 
-__all__ = [module.name for module in pkgutil.iter_modules(__path__)]
+STEMS = tuple(module.name for module in pkgutil.iter_modules(__path__))
+__all__: list[str] = []
 
-for _stem in __all__:
-    globals()[_stem] = getattr(importlib.import_module(f"{__name__}.{_stem}"), _stem)
+for _stem in STEMS:
+    _module = importlib.import_module(f"{__name__}.{_stem}")
+    _names = getattr(_module, "__all__", [_stem])
+    globals().update({name: getattr(_module, name) for name in _names})
+    __all__ += _names
