@@ -178,7 +178,9 @@ class NumbaOnePass(peers.Peer):
     def reason(self, workload: Workload, wants: Sequence[str]) -> str | None:
         return super().reason(workload, wants) if wants else "the same as numba"
 
-    def prepare(self, inputs: dict[str, Tensor], wants: Sequence[str]) -> peers.Call:
+    def prepare(
+        self, inputs: dict[str, Tensor], wants: Sequence[str], d_outputs: None = None
+    ) -> peers.Call:
         def call() -> tuple[Tensor, ...]:
             t, w = map(peers.wide, inputs.values())
             needs = [name in wants for name in inputs]

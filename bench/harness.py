@@ -39,11 +39,13 @@ class Workload:
     leading: tuple[int, ...]
     sizes: dict[str, int]
     dtype: torch.dtype = torch.float32
+    # of the inputs that may be narrower than the others
+    narrow: torch.dtype | None = None
 
     def __str__(self) -> str:
         shape = "x".join(map(str, (*self.leading, *self.sizes.values())))
         short = {torch.bfloat16: " bf16", torch.float16: " f16", torch.float64: " f64"}
-        return shape + short.get(self.dtype, "")
+        return shape + short.get(self.narrow or self.dtype, "")
 
 
 @dataclass
@@ -147,7 +149,11 @@ def direction_name(wants: Sequence[str]) -> str:
 class Bench:
     """The bench of one op: derive, name the op and its workloads, add its own peers."""
 
-    op: Callable[..., Tensor]
+    op: Callable[..., Any]
+    # the keywords of every call, None for an optional tensor that is absent
+    options: dict[str, Any] = {}
+    # what the tables call this bench, where an op has several
+    title = ""
     workloads: Sequence[Workload]
     # gradients wanted, for each table
     directions: Sequence[tuple[str, ...]] = ((),)
@@ -164,41 +170,89 @@ class Bench:
         return self.op.op.name
 
     def inputs(self, workload: Workload) -> dict[str, Tensor]:
-        samples = self.op.op.sample(workload.leading, workload.dtype, **workload.sizes)
-        return dict(zip(self.op.op.inputs, samples, strict=True))
+        spec = self.op.op
+        samples = spec.sample(workload.leading, workload.dtype, **workload.sizes)
+        inputs = dict(zip(spec.inputs, samples, strict=True))
+        if workload.narrow:
+            inputs |= {name: inputs[name].to(workload.narrow) for name in spec.narrow}
+        return {name: x for name, x in inputs.items() if self.options.get(name, x) is not None}
+
+    def d_outputs(self, workload: Workload) -> list[Tensor] | None:
+        """Gradients of outputs that are no losses: those of losses are that of their mean."""
+        spec = self.op.op
+        if spec.is_loss:
+            return None
+        dtype = torch.promote_types(workload.dtype, torch.float32)
+        return [
+            torch.rand(array.shape(workload.leading, self._sizes(workload)), dtype=dtype)
+            for array in spec.signature.outputs
+        ]
+
+    def _sizes(self, workload: Workload) -> dict[str, int]:
+        """Without those of absent inputs."""
+        shapes = self.inputs(Workload((1,), workload.sizes))
+        spec = self.op.op
+        present = [shapes[name].shape if name in shapes else None for name in spec.inputs]
+        return spec.signature.bind(present)[1]
+
+    def closed(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """The op or its reference as a function of the tensors that are present."""
+        spec, named = self.op.op, {**self.options, **options}
+        present = [array for array in spec.signature.inputs if named.get(array.name, 0) is not None]
+        if not (named or any(array.optional for array in present)):
+            return function
+
+        def call(*tensors: Tensor) -> Any:
+            pairs = [*zip(present, tensors, strict=True)]
+            required = [x for array, x in pairs if not array.optional]
+            return function(*required, **{a.name: x for a, x in pairs if a.optional}, **named)
+
+        return call
 
     def bytes_moved(self, workload: Workload, wants: Sequence[str]) -> int:
         """What must cross the memory bus: forward reads inputs and writes outputs; backward reads
         the outputs' gradients and the inputs again, and writes the gradients that are wanted."""
-        signature = self.op.op.signature
-
-        def size(array: Any, itemsize: int) -> int:
-            return math.prod(array.shape(workload.leading, workload.sizes)) * itemsize
-
-        itemsize = workload.dtype.itemsize
-        inputs = {array.name: size(array, itemsize) for array in signature.inputs}
-        outputs = sum(size(array, max(4, itemsize)) for array in signature.outputs)
+        inputs = {name: x.nbytes for name, x in self.inputs(workload).items()}
+        sums = max(4, workload.dtype.itemsize)
+        outputs = sum(
+            math.prod(array.shape(workload.leading, self._sizes(workload))) * sums
+            for array in self.op.op.signature.outputs
+        )
         forward = sum(inputs.values()) + outputs
         return 2 * forward + sum(inputs[name] for name in wants) if wants else forward
 
     def contenders(self) -> list[peers.Peer]:
         sets = [f"cpu.{isa}" for isa in backend.isas()[:-1]]
-        slower = [peers.ours(self.op, f"rayfuse {name[4:]}", name) for name in sets]
-        return [peers.ours(self.op), *slower, *self.peers]
+        call = self.closed(self.op)
+        slower = [peers.ours(call, f"rayfuse {name[4:]}", name) for name in sets]
+        return [peers.ours(call), *slower, *self.peers]
 
-    def truth(self, inputs: dict[str, Tensor], wants: Sequence[str], dtype: torch.dtype) -> Any:
-        """The reference in a precision: mean loss and gradients."""
-        return peers.eager("", self.op.op.reference).prepare(
-            {name: x.to(dtype) for name, x in inputs.items()}, wants
-        )()
+    def truth(
+        self,
+        inputs: dict[str, Tensor],
+        wants: Sequence[str],
+        d_outputs: Sequence[Tensor] | None,
+        dtype: torch.dtype | None,
+    ) -> Any:
+        """The reference in a precision: mean loss, or outputs, and gradients."""
+
+        def cast(x: Tensor) -> Tensor:
+            return x.to(dtype) if dtype and x.is_floating_point() else x
+
+        reference = peers.eager("", self.closed(self.op.op.reference), mean=self.op.op.is_loss)
+        wide = {name: cast(x) for name, x in inputs.items()}
+        return reference.prepare(wide, wants, d_outputs and [cast(x) for x in d_outputs])()
 
     def errors(
-        self, results: Sequence[Tensor], inputs: dict[str, Tensor], wants: Sequence[str]
+        self,
+        results: Sequence[Tensor],
+        inputs: dict[str, Tensor],
+        wants: Sequence[str],
+        d_outputs: Sequence[Tensor] | None,
     ) -> tuple[float, bool]:
         """The worst error, and whether it is no worse than torch's own and a few roundings."""
-        dtype = next(iter(inputs.values())).dtype
-        truth = self.truth(inputs, wants, torch.float64)
-        torch_errors = relative_errors(self.truth(inputs, wants, dtype), truth)
+        truth = self.truth(inputs, wants, d_outputs, torch.float64)
+        torch_errors = relative_errors(self.truth(inputs, wants, d_outputs, None), truth)
         errors = relative_errors(results, truth)
         return max(errors), all(
             error <= torch_error + 16 * torch.finfo(x.dtype).eps
@@ -207,20 +261,21 @@ class Bench:
 
     def test_speed(self, benchmark: Any, workload: Workload, wants: tuple[str, ...]) -> None:
         torch._dynamo.reset()
-        inputs = self.inputs(workload)
+        inputs, d_outputs = self.inputs(workload), self.d_outputs(workload)
         turns: dict[str, Turns] = {"streaming": Turns(Streaming())}
         rows = []
         for peer in reversed(self.contenders()):
-            row = report.Row(self.stem, direction_name(wants), str(workload), peer.name)
+            table = f"{self.title} {direction_name(wants)}".strip()
+            row = report.Row(self.stem, table, str(workload), peer.name)
             rows.insert(0, row)
             row.note = peer.reason(workload, wants)
             if row.note:
                 continue
-            call = peer.prepare(inputs, wants)
+            call = peer.prepare(inputs, wants, d_outputs)
             start = time.perf_counter()
             results = call()
             row.first_call_s = time.perf_counter() - start
-            row.error, row.agrees = self.errors(results, inputs, wants)
+            row.error, row.agrees = self.errors(results, inputs, wants, d_outputs)
             if peer.name.startswith("rayfuse"):
                 assert rayfuse.last_backend() != "ref", f"{peer.name} fell back on the reference"
                 assert row.agrees, f"{peer.name} is off by {row.error:.1e}: not timed"
@@ -253,7 +308,7 @@ class Bench:
             for peer in reversed(self.contenders()):
                 if peer.name not in ("rayfuse", *along) or peer.reason(workload, wants):
                     continue
-                turns[peer.name] = Turns(peer.prepare(inputs, wants))
+                turns[peer.name] = Turns(peer.prepare(inputs, wants, self.d_outputs(workload)))
             take_turns([*turns.values()], seconds=TEST_SECONDS / 2)
             for name, turn in reversed(turns.items()):
                 table = f"growth with {letter}, {direction_name(wants)}, {leading[0]} rays"
@@ -264,42 +319,53 @@ class Bench:
     def test_call_overhead(self) -> None:
         """A tiny call less the raw kernel, and beside it the least that an autograd.Function costs:
         one that does nothing but call the same kernels."""
-        inputs = self.op.op.sample((1,), **dict.fromkeys(self.workloads[0].sizes, 2))
-        wanted = [
-            x.requires_grad_(name in self.directions[1])
-            for name, x in zip(self.op.op.inputs, inputs, strict=True)
-        ]
-        wanted = [x for x in wanted if x.requires_grad]
-        needs = sum(x.requires_grad << i for i, x in enumerate(inputs))
-        raw = self.op.op.kernels.choose("cpu")
-        plain = [x.detach() for x in inputs]
-        d_out = torch.ones_like(raw.fwd(*plain))
+        spec = self.op.op
+        workload = Workload((1,), dict.fromkeys(self.workloads[0].sizes, 2))
+        named = self.inputs(workload)
+        for name in self.directions[1]:
+            named[name].requires_grad_()
+        inputs = [*named.values()]
+        wanted = [x for x in inputs if x.requires_grad]
+        needs = spec.needs([i for i, name in enumerate(spec.inputs) if name in self.directions[1]])
+        raw = spec.kernels.choose("cpu")
+
+        def arguments(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+            given = dict(zip(named, tensors, strict=True))
+            return spec.raw_arguments([given.get(name) for name in spec.inputs], **self.options)
+
+        plain = arguments([x.detach() for x in inputs])
+        d_out = [torch.ones_like(x) for x in peers.as_tuple(raw.fwd(*plain))]
+        gets = [named.get(spec.inputs[i]) for i in spec.differentiable]
 
         class Least(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+            def forward(ctx: Any, *inputs: Tensor) -> Any:
                 ctx.save_for_backward(*inputs)
-                return raw.fwd(*inputs)
+                return raw.fwd(*arguments(inputs))
 
             @staticmethod
-            def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-                grads = raw.bwd(d_out, *ctx.saved_tensors, needs)
-                return tuple(
-                    g if x.requires_grad else None for g, x in zip(grads, inputs, strict=True)
-                )
+            def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
+                grads = peers.as_tuple(raw.bwd(*d_out, *arguments(ctx.saved_tensors), needs))
+                found = {id(x): g for x, g in zip(gets, grads, strict=True)}
+                return tuple([found.get(id(x)) if x.requires_grad else None for x in inputs])
 
-        def backward_of(loss: Tensor) -> Callable[[], Any]:
-            d_loss = torch.ones_like(loss)
-            return lambda: torch.autograd.grad(loss, wanted, d_loss, retain_graph=True)
+        def backward_of(outputs: Any) -> Callable[[], Any]:
+            outputs = peers.as_tuple(outputs)
+            d_outputs = [torch.ones_like(x) for x in outputs]
+            return lambda: torch.autograd.grad(outputs, wanted, d_outputs, retain_graph=True)
 
-        forward = {
-            f'reduction="{name}"': (lambda name=name: self.op(*inputs, reduction=name))
-            for name in ("none", "mean")
-        }
+        call = self.closed(self.op)
+        forward = {"rayfuse": lambda: call(*inputs)}
+        if spec.is_loss:
+            each, mean = (self.closed(self.op, reduction=name) for name in ("none", "mean"))
+            forward = {
+                'reduction="none"': lambda: each(*inputs),
+                'reduction="mean"': lambda: mean(*inputs),
+            }
         forward["least autograd.Function"] = lambda: Least.apply(*inputs)
         backward = {name: backward_of(call()) for name, call in forward.items()}
         forward["raw kernel"] = lambda: raw.fwd(*plain)
-        backward["raw kernel"] = lambda: raw.bwd(d_out, *plain, needs)
+        backward["raw kernel"] = lambda: raw.bwd(*d_out, *plain, needs)
         for direction, calls in (("forward", forward), ("backward", backward)):
             turns = {name: Turns(call) for name, call in calls.items()}
             for turn in turns.values():
