@@ -450,10 +450,12 @@ class Op:
 
     def differentiable_bwd(
         self, d_outputs: Sequence[Tensor | None], raw: Sequence[Any], wanted: Sequence[int]
-    ) -> Sequence[Tensor]:
+    ) -> list[Tensor | None]:
         """The gradients as a graph, for a second derivative, by the reference."""
         inputs = [raw[i] for i in wanted]
-        return _gradients(self._reference_fwd(*raw), inputs, d_outputs, create_graph=True)
+        grads = _gradients(self._reference_fwd(*raw), inputs, d_outputs, create_graph=True)
+        found = dict(zip(wanted, grads, strict=True))
+        return [found.get(i) for i in self.differentiable]
 
     def needs(self, wanted: Sequence[int]) -> int:
         """The bits that ask the raw backward for the gradients of these inputs."""
@@ -510,27 +512,38 @@ def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Func
             return _reduced(out, _count(out.shape, reduction, denominator))
         return tuple([_reduced(x, _count(x.shape, reduction, denominator)) for x in out])
 
-    def save(ctx: Any, reduction: str | None, denominator: Any, args: Sequence[Any]) -> None:
+    def save(
+        ctx: Any,
+        reduction: str | None,
+        denominator: Any,
+        args: Sequence[Any],
+        shape: Sequence[int],
+        outputs: int,
+    ) -> None:
         ctx.save_for_backward(*args[:arity])
         ctx.scalars = args[arity:]
-        ctx.reduction, ctx.denominator = reduction, denominator
+        ctx.reduction, ctx.denominator, ctx.shape = reduction, denominator, shape
         # the backward may run in another thread, where another backend is forced
         ctx.backend = None if torch.compiler.is_compiling() else backend.last_backend()
+        if outputs > 1:  # of which a loss may use some
+            ctx.set_materialize_grads(False)
 
-    def per_ray(ctx: Any, d_output: Tensor | None, rays: tuple[int, ...]) -> Tensor | None:
+    def per_ray(ctx: Any, d_output: Tensor | None) -> Tensor | None:
         """The gradient of each ray's loss, from that of the reduced one."""
         if d_output is None:
             return None
-        d_loss, count = d_output.expand(rays), _count(rays, ctx.reduction, ctx.denominator)
+        count = _count(ctx.shape, ctx.reduction, ctx.denominator)
+        d_loss = d_output.expand(ctx.shape)
         return d_loss if count is None else d_loss / count
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, reduction: str | None, denominator: Any, *args: Any) -> Any:
             out = run(args)
-            save(ctx, reduction, denominator, args)
-            if not isinstance(out, Tensor):
-                ctx.set_materialize_grads(False)
+            if isinstance(out, Tensor):
+                save(ctx, reduction, denominator, args, out.shape, 1)
+            else:
+                save(ctx, reduction, denominator, args, out[0].shape, len(out))
             return reduce(out, reduction, denominator)
 
         @staticmethod
@@ -539,21 +552,16 @@ def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Func
             args = (*ctx.saved_tensors, *ctx.scalars)
             wanted = [i for i in op.differentiable if ctx.needs_input_grad[2 + i]]
             if ctx.reduction in ("mean", "sum"):
-                rays = op.signature.shape_of_first_output(args[:arity])
-                d_outputs = tuple([per_ray(ctx, d, rays) for d in d_outputs])
-            found: list[Tensor | None] = [None] * (2 + len(args))
-            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-                grads = op.differentiable_bwd(d_outputs, args, wanted)
-                for i, grad in zip(wanted, grads, strict=True):
-                    found[2 + i] = grad
-                return tuple(found)
-            needs = op.needs(wanted)
+                d_outputs = tuple([per_ray(ctx, d_output) for d_output in d_outputs])
             if torch.compiler.is_compiling():
-                grads = raw_bwd(*d_outputs, *args, needs)
+                grads = raw_bwd(*d_outputs, *args, op.needs(wanted))
+            elif torch.is_grad_enabled():
+                grads = op.differentiable_bwd(d_outputs, args, wanted)
             else:
                 chosen = op.kernels.choose(args[0].device.type, ctx.backend)
-                grads = chosen.run_bwd((*d_outputs, *args), needs)
+                grads = chosen.run_bwd((*d_outputs, *args), op.needs(wanted))
             grads = (grads,) if isinstance(grads, Tensor) else grads
+            found: list[Tensor | None] = [None] * (2 + len(args))
             for i, grad in zip(op.differentiable, grads, strict=True):
                 if i in wanted:
                     found[2 + i] = grad
@@ -567,9 +575,9 @@ def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Func
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             reduction, denominator, *args = inputs
-            save(ctx, reduction, denominator, args)
-            if not isinstance(output, Tensor):
-                ctx.set_materialize_grads(False)
+            op = _OPS[name]
+            shape = op.signature.shape_of_first_output(args[:arity])
+            save(ctx, reduction, denominator, args, shape, len(op.outputs))
 
         @staticmethod
         def vmap(
