@@ -8,12 +8,10 @@ reference.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,6 +22,7 @@ import peers
 import rayfuse
 import report
 from rayfuse import backend
+from rayfuse.train.profile import peak_extra_megabytes
 
 STREAM_VALUES = 1 << 24
 STREAM_BYTES = 12 * STREAM_VALUES
@@ -110,28 +109,6 @@ class Streaming:
 
     def __call__(self) -> None:
         torch.add(self.a, self.b, out=self.out)
-
-
-def peak_extra_megabytes(call: Callable[[], Any]) -> float:
-    """How much the resident memory of the process grows during a call, results included.
-
-    The kernel's own high-water mark, reset before, sees every allocator: torch's, numpy's and what
-    C++ takes. Free memory is given back first, so that none of it is used unseen.
-    """
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
-        return math.nan
-
-    def kilobytes(key: str) -> int:
-        return int(status.read_text().split(f"{key}:")[1].split()[0])
-
-    ctypes.CDLL(None).malloc_trim(0)
-    clear.write_text("5")
-    before = kilobytes("VmRSS")
-    result = call()
-    peak = kilobytes("VmHWM")
-    del result
-    return max(0, peak - before) * 1024 / 1e6
 
 
 def relative_errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:

@@ -106,6 +106,7 @@ def run_dir(tmp_path):
     write_log(tmp_path, [record(step) for step in range(50, 3001, 50)])
     config = {
         "seed": 3,
+        "compare_steps": 4,
         "objective": {"distortion_loss_mult": 0.002, "background": "random"},
         "field": {"levels": [16, 160], "hidden": {"width": 32}},
         "command": ["rayfuse", "train", "a b"],
@@ -124,6 +125,22 @@ def run_dir(tmp_path):
         ],
     }
     (tmp_path / "profile.json").write_text(json.dumps(profile))
+    comparison = {
+        "steps": 4,
+        "losses": {
+            "rgb_loss": {"reference": [4.0, 3.0, 2.0, 1.0], "fused": [4.0, 3.0, 2.0, 1.0]},
+            "depth_loss": {"reference": [8.0, 7.0, 6.0, 5.0], "fused": [8.0, 7.0, 6.002, 5.001]},
+        },
+        "step_ms": {"reference": 61.0, "fused": 52.0},
+        "extra_memory_mb": {"reference": 310.0, "fused": 205.0},
+        "ops": {
+            "reference": [
+                {"op": "distortion_loss", "backend": "ref", "forward_ms": 4.0, "backward_ms": 6.0}
+            ],
+            "fused": profile["ops"],
+        },
+    }
+    (tmp_path / "compare.json").write_text(json.dumps(comparison))
     return tmp_path
 
 
@@ -205,7 +222,7 @@ def test_plots_follow_the_theme_and_have_a_text_alternative(run_dir):
     page = page_of(run_dir)
     text = (run_dir / "report.html").read_text()
     plots = [attrs for attrs in page.all("div") if attrs.get("role") == "img"]
-    assert len(plots) == len(page.all("svg")) == 7
+    assert len(plots) == len(page.all("svg")) == 9
     assert all(attrs["aria-label"] for attrs in plots)
     assert "rgb_loss from" in text and "neighbour fill at 25.1" in text
     assert not re.search("#0[a1-3]0[a1-3]", text)
@@ -230,6 +247,25 @@ def test_time_goes_to_parts_and_ops_with_their_backend(run_dir):
     assert page.says("cpu") and page.says("torch") and page.says("50.0 ms")
 
 
+def test_reference_and_fused_are_compared(run_dir):
+    page = page_of(run_dir)
+    assert page.says("4 steps were made twice from the same seeds")
+    assert page.says("2.5·10⁻⁴ of that term's largest value (depth_loss, step 3)")
+    assert page.says("61.0") and page.says("52.0") and page.says("310") and page.says("205")
+    table = report._comparison(json.loads((run_dir / "compare.json").read_text()))
+    # what ran as plain torch on both sides is no op of ours
+    assert table["ops"] == [("distortion_loss", "cpu", "10.00", "2.50", "4.0 x")]
+    assert [plot["title"] for plot in table["plots"]] == ["Rgb loss", "Depth loss"]
+
+
+def test_a_run_that_compared_nothing_says_nothing(run_dir):
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps({**config, "compare_steps": 0}))
+    (run_dir / "compare.json").unlink()
+    page = page_of(run_dir)
+    assert not page.says("Reference against fused") and not page.says("compare.json")
+
+
 def test_parts_that_add_up_to_more_than_the_step_are_explained(run_dir):
     part = {"name": "field", "forward_ms": 30.0, "backward_ms": 45.0}
     (run_dir / "profile.json").write_text(json.dumps({"step_ms": 50.0, "parts": [part, part]}))
@@ -242,7 +278,7 @@ def test_the_command_can_be_pasted_and_the_config_is_complete(run_dir):
     page = page_of(run_dir)
     assert page.says("rayfuse train 'a b'")
     assert page.says("hidden.width") and page.says("[16, 160]") and page.says("2.13.0")
-    assert page.says("Configuration, 5 values")
+    assert page.says("Configuration, 6 values")
 
 
 MISSING = {
@@ -250,6 +286,7 @@ MISSING = {
     "metrics.jsonl": "metrics.jsonl is missing: there are no curves.",
     "evaluation.json": "evaluation.json is missing: there are no held-out figures.",
     "profile.json": "profile.json is missing: the time of a step is not shown.",
+    "compare.json": "compare.json is missing: reference and fused kernels are not compared.",
 }
 
 
@@ -263,13 +300,16 @@ def test_a_missing_file_costs_one_sentence(run_dir, name):
 
 def test_an_empty_directory_gives_a_page_that_says_so(tmp_path):
     page = page_of(tmp_path)
-    assert all(page.says(sentence) for sentence in MISSING.values())
+    # without a set-up nobody knows whether there was a comparison
+    for name, sentence in MISSING.items():
+        assert page.says(sentence) == (name != "compare.json")
     assert page.says(tmp_path.name)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"psnr": ', '{"views": 3}', '{"seconds": [1]}'])
-@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "profile.json"])
+@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "profile.json", "compare.json"])
 def test_a_file_that_is_cut_or_foreign_never_costs_the_page(tmp_path, name, content):
+    (tmp_path / "config.json").write_text('{"compare_steps": 4}')
     (tmp_path / name).write_text(content)
     page = page_of(tmp_path)
     assert page.says("metrics.jsonl is missing") and not page.says(f"{name} is missing")

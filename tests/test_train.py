@@ -675,6 +675,21 @@ class TestTraining:
         # its weights and normals are detached
         assert ops["orientation_loss"]["backward_ms"] == 0
 
+    def test_fused_kernels_train_as_the_reference_does(self, finished):
+        comparison = json.loads((finished / "compare.json").read_text())
+        assert comparison["steps"] == 5
+        record = log_of(finished)[0]
+        assert set(comparison["losses"]) == {*record["losses"], "total"}
+        for term, sides in comparison["losses"].items():
+            assert len(sides["reference"]) == len(sides["fused"]) == 5
+            assert sides["fused"] == pytest.approx(sides["reference"], rel=1e-3), term
+        # the comparison leaves no trace in the run
+        assert comparison["losses"]["rgb_loss"]["fused"][0] == record["losses"]["rgb_loss"]
+        for figure in ("step_ms", "extra_memory_mb"):
+            assert all(value > 0 for value in comparison[figure].values())
+        ran = {side: {op["backend"] for op in ops} for side, ops in comparison["ops"].items()}
+        assert "ref" in ran["reference"] and "ref" not in ran["fused"]
+
     def test_held_out_views_resemble_the_photographs(self, finished, ball):
         evaluation = json.loads((finished / "evaluation.json").read_text())
         photos = scenes.load_scene(ball).rgb
@@ -722,6 +737,7 @@ class TestTraining:
     def test_interrupt_saves_and_resume_finishes_the_same_run(self, ball, tmp_path, monkeypatch):
         """Ctrl-C at a step, then --resume: the log and the result are those of one run."""
         arguments = ["--preset", "tiny", "--features.feature-type", "NONE", "--steps", 12]
+        arguments += ["--compare-steps", 0]
         assert run(ball, *arguments, "--output", tmp_path / "whole") == 0
         step = trainer.Trainer.train_step
 

@@ -1,6 +1,7 @@
 """Fused losses and compositing for training neural fields, as drop-in torch ops."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from .backend import BackendError, backends, debug, last_backend, use_backend
 from .ops import *  # noqa: F403
@@ -12,3 +13,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+source"
 
 __all__ = ["BackendError", "backends", "debug", "last_backend", "use_backend", *_ops]
+
+if TYPE_CHECKING:  # ops are found by file, where a type checker does not look
+
+    def __getattr__(name: str) -> Any: ...

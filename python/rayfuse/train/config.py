@@ -75,6 +75,8 @@ class TrainConfig:
     """Steps between checkpoints; one is also written at the end and on Ctrl-C."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    compare_steps: int = 100
+    """Steps to make first on the reference and on the kernels, for the report; 0 for none."""
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
@@ -113,6 +115,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             steps=50,
             checkpoint_every=25,
             log_every=1,
+            compare_steps=5,
             objective=ObjectiveConfig(normal_rays=32),
             sampler=SamplerConfig(
                 num_proposal_samples_per_ray=(16, 12), num_nerf_samples_per_ray=8

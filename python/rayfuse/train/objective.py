@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 import rayfuse
-from rayfuse.ops.distortion_loss import distortion_loss
 from rayfuse.train.model import Background, Level, Outputs
+from rayfuse.train.profile import fused
 
 EPS = 1e-7
 
@@ -149,7 +149,6 @@ class Objective:
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
-        self.backends: dict[str, str] = {}
 
     def __call__(self, outputs: Outputs, batch: Batch, step: int) -> Terms:
         c = self.config
@@ -163,9 +162,7 @@ class Objective:
                 predicted, target = self.blend(outputs, batch)
                 add("rgb_loss", 1.0, F.mse_loss(predicted, target))
             final = outputs.levels[-1]
-            with record_function("op:distortion_loss"):
-                distortion = distortion_loss(final.s, final.weights, reduction="mean")
-            self.backends["distortion_loss"] = rayfuse.last_backend() or "ref"
+            distortion = fused(rayfuse.distortion_loss, final.s, final.weights)
             add("distortion_loss", c.distortion_loss_mult, distortion)
             with record_function("op:interlevel_loss"):
                 add("interlevel_loss", c.interlevel_loss_mult, interlevel_loss(outputs.levels))

@@ -1,18 +1,36 @@
-"""Time per step by part and by op, forward and backward, measured on steps of a run."""
+"""Time per step by part and by op, forward and backward, and memory, measured on steps of a run."""
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
+
+import rayfuse
 
 PARTS = "part:"
 OPS = "op:"
+
+
+# which backend ran an op last; the others are plain torch
+_backends: dict[str, str] = {}
+
+
+def fused(op: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Call an op of rayfuse, in a range of its name."""
+    with record_function(OPS + op.__name__):
+        out = op(*args, **named)
+    _backends[op.__name__] = rayfuse.last_backend() or "torch"
+    return out
 
 
 @contextmanager
@@ -48,12 +66,11 @@ class StepProfile:
         with _quiet_stderr():
             self._profiler.__exit__(*error)
 
-    def summary(self, step_ms: float, backends: dict[str, str]) -> dict[str, Any]:
+    def summary(self, step_ms: float) -> dict[str, Any]:
         """The content of profile.json.
 
         Args:
             step_ms: wall time of a step, measured without the profiler.
-            backends: which backend ran an op; the others are plain torch.
         """
         forward: dict[str, float] = defaultdict(float)
         backward: dict[str, float] = defaultdict(float)
@@ -83,5 +100,34 @@ class StepProfile:
                 for name in names
             ]
 
-        ops = [{**row, "backend": backends.get(row["op"], "torch")} for row in rows(OPS, "op")]
+        ops = [{**row, "backend": _backends.get(row["op"], "torch")} for row in rows(OPS, "op")]
         return {"step_ms": step_ms, "parts": rows(PARTS, "name"), "ops": ops}
+
+
+def peak_extra_megabytes(call: Callable[[], Any], device: torch.device | None = None) -> float:
+    """How much memory a call takes at its peak, results included; NaN where nothing tells.
+
+    On a CPU that is the resident memory of the process: the kernel's own high-water mark, reset
+    before, sees every allocator: torch's, numpy's and what C++ takes. Free memory is given back
+    first, so that none of it is used unseen.
+    """
+    device = device or torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.type != "cpu" or not clear.exists():
+        return math.nan
+
+    def kilobytes(key: str) -> int:
+        return int(status.read_text().split(f"{key}:")[1].split()[0])
+
+    ctypes.CDLL(None).malloc_trim(0)
+    clear.write_text("5")
+    before = kilobytes("VmRSS")
+    result = call()
+    peak = kilobytes("VmHWM")
+    del result
+    return max(0, peak - before) * 1024 / 1e6

@@ -70,6 +70,10 @@ def write_report(run_dir: Path) -> Path:
     config = _read_json(run_dir / "config.json", notes, "the set-up is not shown")
     evaluation = _read_json(run_dir / "evaluation.json", notes, "there are no held-out figures")
     profile = _read_json(run_dir / "profile.json", notes, "the time of a step is not shown")
+    comparison = {}
+    if config.get("compare_steps"):
+        consequence = "reference and fused kernels are not compared"
+        comparison = _read_json(run_dir / "compare.json", notes, consequence)
     log = _Log.read(run_dir / "metrics.jsonl", notes)
 
     def part(name: str, build: Callable[..., Any], *args: Any) -> Any:
@@ -90,6 +94,7 @@ def write_report(run_dir: Path) -> Path:
         losses=part("The losses", _losses, log),
         progress=part("The progress", _progress, log, evaluation),
         profile=part("The time of a step", _profile, profile),
+        comparison=part("The comparison with the reference", _comparison, comparison),
         setup=part("The set-up", _setup, config) or {},
         resumed=", ".join(f"{step:,.0f}" for step in log.resumed),
         notes=notes,
@@ -406,6 +411,51 @@ def _profile(profile: dict) -> dict | None:
         "notes": notes,
         "parts": with_bars(part_rows),
         "ops": with_bars(sorted((row(e, whole) for e in ops), key=lambda r: -r["ms"][2])),
+    }
+
+
+def _comparison(comparison: dict) -> dict | None:
+    """Both sides of compare.json: curves, largest differences, time and memory."""
+    if not comparison:
+        return None
+    sides = ("reference", "fused")
+    steps = np.arange(1, comparison["steps"] + 1)
+    log = _Log(step=steps)
+    plots, terms = [], []
+    for name, losses in comparison["losses"].items():
+        curves = {side: np.array([_number(v) for v in losses[side]]) for side in sides}
+        reference, fused = curves.values()
+        scale = np.nanmax(np.abs(reference))
+        difference = np.abs(fused - reference) / scale if scale > 0 else np.abs(fused - reference)
+        at = int(np.nanargmax(difference))
+        terms.append({"name": name, "difference": difference[at], "step": f"{steps[at]:,}"})
+        plots.append(_plot(_label(name), log, steps, curves, scale="log", smooth=False))
+    largest = max(terms, key=lambda term: term["difference"])
+    ops = {side: {op["op"]: op for op in comparison["ops"][side]} for side in sides}
+
+    def milliseconds(op: dict) -> float:
+        return _number(op.get("forward_ms")) + _number(op.get("backward_ms"))
+
+    rows = []
+    for name, op in ops["fused"].items():
+        before, after = milliseconds(ops["reference"].get(name, {})), milliseconds(op)
+        rows.append((name, op.get("backend"), before, after, before / after))
+    step_ms, memory = comparison["step_ms"], comparison["extra_memory_mb"]
+    return {
+        "steps": f"{comparison['steps']:,}",
+        "plots": plots,
+        "legend": _legend(sides),
+        "largest": {**largest, "difference": _short(largest["difference"])},
+        "terms": [{**term, "difference": _short(term["difference"])} for term in terms],
+        "figures": [
+            ("Time of a step, ms", *(_fixed(step_ms[side], 1) for side in sides)),
+            ("Memory a step adds at its peak, MB", *(_fixed(memory[side], 0) for side in sides)),
+        ],
+        "ops": [
+            (name, backend, _fixed(before), _fixed(after), f"{_fixed(ratio, 1)} x")
+            for name, backend, before, after, ratio in sorted(rows, key=lambda row: -row[2])
+            if backend != "torch"
+        ],
     }
 
 

@@ -26,6 +26,7 @@ from rich.table import Table
 
 import rayfuse
 from rayfuse.train import InputError
+from rayfuse.train.compare import compare
 from rayfuse.train.config import PRESETS, TrainConfig, check, from_json, to_json
 from rayfuse.train.evaluate import evaluate
 from rayfuse.train.features import FeatureMap, extract
@@ -292,11 +293,21 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
     scene.to(device)
     for feature in features.values():
         feature.values = feature.values.to(device)
-    trainer = Trainer(config, scene, features)
+
+    def start() -> Trainer:
+        return Trainer(config, scene, features)
+
+    trainer = start()
+    comparison = None
     if state is not None:
         trainer.load(state)
         state = None
     _describe(console, trainer, run_dir)
+    if trainer.step == 0 and config.compare_steps:
+        began = time.perf_counter()
+        with console.status(f"{config.compare_steps} steps on the reference and on the kernels"):
+            comparison = compare(start, config.compare_steps)
+        seconds["compare"] = time.perf_counter() - began
 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -313,6 +324,8 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
     _write_json(
         run_dir / "config.json", {**to_json(config), "command": command, "versions": versions}
     )
+    if comparison:
+        _write_json(run_dir / "compare.json", comparison)
     checkpoint = run_dir / "checkpoint.pt"
     finished = _loop(trainer, run_dir, console)
     save_checkpoint(checkpoint, trainer.state())
@@ -395,7 +408,7 @@ def _loop(trainer: Trainer, run_dir: Path, console: Console) -> bool:
     if trainer.step < config.steps:
         return False
     if profile.steps:
-        _write_json(run_dir / "profile.json", profile.summary(step_ms, trainer.objective.backends))
+        _write_json(run_dir / "profile.json", profile.summary(step_ms))
     return True
 
 
