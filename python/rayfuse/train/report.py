@@ -429,7 +429,9 @@ def _comparison(comparison: dict) -> dict | None:
         difference = np.abs(fused - reference) / scale if scale > 0 else np.abs(fused - reference)
         at = int(np.nanargmax(difference))
         terms.append({"name": name, "difference": difference[at], "step": f"{steps[at]:,}"})
-        plots.append(_plot(_label(name), log, steps, curves, scale="log", smooth=False))
+        plots.append(
+            _plot(_label(name), log, steps, curves, "log", smooth=False, behind="reference")
+        )
     largest = max(terms, key=lambda term: term["difference"])
     ops = {side: {op["op"]: op for op in comparison["ops"][side]} for side in sides}
 
@@ -501,6 +503,7 @@ def _plot(
     levels: dict[str, float] | None = None,
     scale: str = "linear",
     smooth: bool = True,
+    behind: str = "",
 ) -> dict:
     """One plot as inline SVG, with an alternative text that says what the curves do.
 
@@ -509,6 +512,7 @@ def _plot(
         curves: name to values [N]; NaN breaks the line.
         levels: name to the height of a horizontal line.
         smooth: draw the raw values faintly and a running mean of them on top.
+        behind: the curve that is drawn broad and faint, for another one to lie on.
     """
     over_time = x is log.seconds
     in_minutes = over_time and np.nanmax(x) >= 180
@@ -526,7 +530,8 @@ def _plot(
         if smooth:
             axes.plot(*_thin(x, values), color=style["color"], linewidth=0.8, alpha=0.3)
         mark = "o" if np.isfinite(values).sum() == 1 else None
-        axes.plot(*_thin(x, drawn[name]), **style, linewidth=1.8, marker=mark)
+        line = {"linewidth": 6, "alpha": 0.4} if name == behind else {"linewidth": 1.8}
+        axes.plot(*_thin(x, drawn[name]), **style, **line, marker=mark)
     for index, level in enumerate((levels or {}).values()):
         axes.axhline(level, color=_INK, linewidth=1.2, linestyle=DASHES[1 + index % 2])
     for step in log.resumed:
