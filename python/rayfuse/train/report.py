@@ -430,7 +430,7 @@ def _comparison(comparison: dict) -> dict | None:
         at = int(np.nanargmax(difference))
         terms.append({"name": name, "difference": difference[at], "step": f"{steps[at]:,}"})
         plots.append(
-            _plot(_label(name), log, steps, curves, "log", smooth=False, behind="reference")
+            _plot(_label(name), log, steps, curves, scale="log", smooth=False, behind="reference")
         )
     largest = max(terms, key=lambda term: term["difference"])
     ops = {side: {op["op"]: op for op in comparison["ops"][side]} for side in sides}
