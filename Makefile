@@ -40,7 +40,7 @@ test-cuda-abi: $(VENV)/.built  ## load the CUDA library under a torch with CUDA 
 	.venv-cuda/bin/pip install -q "$(CUDA_TORCH)" numpy
 	PYTHONPATH=python .venv-cuda/bin/python tests/abi_cuda.py
 
-gpu-code: $(VENV)/.with-test  ## compile every GPU kernel, GPU or none, and write docs/gpu.md
+gpu-code: $(VENV)/.with-test  ## compile the GPU kernels that changed, GPU or none, and write docs/gpu
 	$(BIN)/python tests/gpu_code.py
 
 bench: $(VENV)/.with-bench  ## every op against its peers and the machine's limit

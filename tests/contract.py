@@ -43,6 +43,8 @@ class Contract:
     variants: tuple[dict[str, object], ...] = ({},)
     # what GPU kernels are compiled for: aligned and not, in one block and in many
     gpu_sizes: tuple[dict[str, int], ...] = ()
+    # a GPU kernel that may spill, as docs/gpu names it -> why
+    gpu_spills: dict[str, str] = {}
 
     def __init_subclass__(cls):
         if cls.op is None:

@@ -1,7 +1,8 @@
-"""What compilers make of the GPU kernels, found without a GPU: this script writes docs/gpu.md.
+"""What compilers make of the GPU kernels, found without a GPU: this script writes docs/gpu.
 
-The launches are those of each op's own `fwd` and `bwd`, recorded instead of run. A process in which
-triton interprets its kernels cannot compile them, so the tests run this one beside theirs.
+It compiles what has changed since (gpu_figures.py). The launches are those of each op's own `fwd`
+and `bwd`, recorded instead of run. A process in which triton interprets its kernels cannot compile
+them, so the tests run this one beside theirs.
 """
 
 import argparse
@@ -9,11 +10,14 @@ import dataclasses
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -27,11 +31,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import cuda_code
-import simt
+import gpu_figures
 from contract import Contract, as_tuple
+from gpu_figures import TYPES
 from rayfuse.ops import STEMS
 
-PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -41,23 +45,8 @@ TARGETS = {
 # bytes of shared memory of a multiprocessor: CUDA programming guide, compute capabilities; and of
 # a compute unit: CDNA 3 ISA
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
-TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Code:
-    """One kernel for one target."""
-
-    kernel: str
-    inputs: str
-    target: str
-    registers: int  # a thread
-    spills: int  # instructions on an NVIDIA GPU, registers on an AMD one
-    stack: int  # bytes a thread
-    shared: int  # bytes a block
-    occupancy: float  # of the warps that a multiprocessor can hold
-    load: int  # bits of the widest one
-    wide_index: bool  # the program's index is made 64 bits wide before it is used
+# what a kernel's signature calls what is behind a pointer
+POINTED_AT = {**TYPES, torch.int32: "i32", torch.int64: "i64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +56,22 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, Any]
 
-    def code(self, target: str, **options: Any) -> Code:
+    def code(self, target: str, **options: Any) -> dict[str, Any]:
+        """The kernel as it comes out for one target."""
         compiled = triton.compile(
             self._source(), target=TARGETS[target], options={**self.options, **options}
         )
         warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
         read = _nvidia if "cubin" in compiled.asm else _amd
-        return Code(
-            self.kernel.__name__,
-            self.inputs,
-            target,
-            shared=shared,
-            wide_index=_is_widened(compiled.asm["ttir"]),
+        return {
+            "kernel": self.kernel.__name__,
+            "inputs": self.inputs,
+            "target": target,
+            "shared": shared,  # bytes a block
+            # the program's index is made 64 bits wide before it is used
+            "wide_index": _is_widened(compiled.asm["ttir"]),
             **read(compiled.asm, warps, SHARED[target] // (shared + 1024)),
-        )
+        }
 
     def _source(self) -> ASTSource:
         """As the launcher sees it: multiples of 16 and ones are part of an argument's type."""
@@ -89,9 +80,11 @@ class Launch:
             value = self.arguments[parameter.name]
             divisible = False
             if isinstance(value, torch.Tensor):
-                kind, divisible = "*" + TYPES[value.dtype], value.data_ptr() % 16 == 0
-            elif parameter.is_constexpr or value == 1:
+                kind, divisible = "*" + POINTED_AT[value.dtype], value.data_ptr() % 16 == 0
+            elif parameter.is_constexpr or value is None or value == 1:
                 kind, constants[(i,)] = "constexpr", value
+            elif isinstance(value, float):
+                kind = "fp32"
             else:
                 kind, divisible = "i32" if value < 1 << 31 else "i64", value % 16 == 0
             signature[parameter.name] = kind
@@ -125,11 +118,12 @@ def _nvidia(asm: Any, warps: int, blocks: int) -> dict[str, Any]:
     of_a_warp = math.ceil(registers * 32 / 256) * 256
     blocks = min(blocks, 65536 // of_a_warp // warps, 64 // warps, 32)
     return {
-        "registers": registers,
-        "stack": stack,
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "registers": registers,  # a thread
+        "stack": stack,  # bytes a thread
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),  # instructions
+        # bits of the widest one
         "load": max(int(bits or 32) for bits in re.findall(r"\bLDG\.E(?:\.U?(\d+))?", sass)),
-        "occupancy": blocks * warps / 64,
+        "occupancy": blocks * warps / 64,  # of the warps that a multiprocessor can hold
     }
 
 
@@ -144,6 +138,7 @@ def _amd(asm: Any, warps: int, blocks: int) -> dict[str, Any]:
     return {
         "registers": number(r"\.vgpr_count"),
         "stack": number(r"\.private_segment_fixed_size"),
+        # registers
         "spills": number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count"),
         "load": max(
             32 * int(words or 1) if kind == "dword" else 16
@@ -158,7 +153,7 @@ def _amd(asm: Any, warps: int, blocks: int) -> dict[str, Any]:
 def launches(contract: Contract, dtype: torch.dtype, sizes: dict[str, int]) -> list[Launch]:
     """What an op's Triton kernels are launched with, forward and backward."""
     kernels = importlib.import_module(f"rayfuse.triton_kernels.{contract.spec.name}")
-    text = ", ".join([TYPES[dtype], *(f"{name} = {size:,}" for name, size in sizes.items())])
+    text = gpu_figures.label(dtype, sizes)
     found = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
@@ -174,71 +169,105 @@ def launches(contract: Contract, dtype: torch.dtype, sizes: dict[str, int]) -> l
     return found
 
 
-def page(codes: list[Code]) -> str:
-    """The text of docs/gpu.md."""
-    lines = [
-        "# GPU kernels",
-        "",
-        "Written by `make gpu-code`; a test compares it with what the compilers make of the tree.",
-        "",
-        "## triton",
-        "",
-        f"triton {triton.__version__}, compiled for GPUs that were not there: nothing here was"
-        " measured on one.",
-        "Each cell: registers a thread, bytes of shared memory a block, occupancy by these two, and"
-        " the widest",
-        "load. The compiler joins loads where it sees that the rows of an array start at multiples"
-        " of 16.",
-        "",
-        f"Stack: at most {max(code.stack for code in codes)} bytes a thread."
-        f" Spills: at most {max(code.spills for code in codes)}.",
-        "",
-        "| kernel | inputs | " + " | ".join(TARGETS) + " |",
-        "|---" * (2 + len(TARGETS)) + "|",
+def compiled(
+    stem: str, dtype: torch.dtype, sizes: dict[str, int], targets: Sequence[str]
+) -> list[dict[str, Any]]:
+    found = launches(gpu_figures.contract(stem)(), dtype, sizes)
+    return [launch.code(target) for launch in found for target in targets]
+
+
+def starved() -> list[dict[str, Any]]:
+    """A kernel with so few registers that the compilers must spill: a spill would be seen."""
+    contract = gpu_figures.contract("distortion_loss")()
+    launch = launches(contract, torch.float32, {"S": 65536})[-1]
+    return [
+        launch.code("sm_90", maxnreg=32),
+        launch.code("gfx942", num_warps=1, waves_per_eu=8),
     ]
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for code in codes:
-        rows.setdefault((code.kernel, code.inputs), {})[code.target] = (
-            f"{code.registers}, {code.shared} B, {code.occupancy:.0%}, {code.load} bit"
-        )
-    for (kernel, inputs), cells in sorted(rows.items()):
-        lines.append(f"| `{kernel}` | {inputs} | {' | '.join(cells[name] for name in TARGETS)} |")
-    return "\n".join(lines) + "\n"
 
 
-def _cuda_section() -> str:
-    """Measured where nvcc is; elsewhere what the page says already."""
-    if cuda_code.reason() or simt.reason():
-        return "## cuda" + PAGE.read_text().partition("## cuda")[2]
-    return cuda_code.section([contract() for contract in Contract.__subclasses__()])
+def triton_figures(
+    stems: Sequence[str],
+    dtypes: Sequence[torch.dtype] = tuple(TYPES),
+    targets: Sequence[str] = tuple(TARGETS),
+) -> dict[str, dict[str, Any]]:
+    """Op -> the figures of its kernels."""
+    tasks = [
+        (stem, dtype, sizes, targets)
+        for stem in stems
+        for dtype in dtypes
+        for sizes in gpu_figures.contract(stem).gpu_sizes
+    ]
+    figures = {stem: {"by": triton.__version__, "codes": []} for stem in stems}
+    for (stem, *_), codes in _in_parallel(compiled, tasks):
+        figures[stem]["codes"] += codes
+    return figures
+
+
+def cuda_figures(stems: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Op -> the figures of its kernels, and of their launches."""
+    tasks = [(stem, arch) for stem in stems for arch in gpu_figures.ARCHS]
+    figures = {stem: {"by": cuda_code.version(), "codes": [], "launches": []} for stem in stems}
+    for (stem, _), codes in _in_parallel(cuda_code.compiled, tasks):
+        figures[stem]["codes"] += codes
+    tasks = [
+        (stem, dtype, sizes)
+        for stem in stems
+        for dtype in TYPES
+        for sizes in gpu_figures.contract(stem).gpu_sizes
+    ]
+    for (stem, *_), launched in _in_parallel(cuda_code.launches, tasks):
+        figures[stem]["launches"] += launched
+    return figures
+
+
+def _in_parallel(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Any:
+    """Tasks with their results, by as many processes as may run at once."""
+    processes = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        yield from zip(tasks, pool.map(function, *zip(*tasks, strict=True)), strict=True)
+
+
+def update() -> None:
+    """Measure what has changed, and write the page."""
+    measures = {"triton": (triton.__version__, triton_figures)}
+    if cuda_code.reason():
+        print(f"cuda: stays as it is, {cuda_code.reason()}")
+        if without := [stem for stem in STEMS if "cuda" not in gpu_figures.read(stem)]:
+            sys.exit(f"cuda: no figures of {', '.join(without)}")
+    else:
+        measures["cuda"] = (cuda_code.version(), cuda_figures)
+    for backend, (version, measure) in measures.items():
+        now = {stem: gpu_figures.fingerprint(stem, backend) for stem in STEMS}
+        stale = []
+        for stem, fingerprint in now.items():
+            was = gpu_figures.read(stem).get(backend, {})
+            if (was.get("from"), was.get("by")) != (fingerprint, version):
+                stale.append(stem)
+        print(f"{backend}: {', '.join(stale) or 'nothing'} to compile")
+        for stem, figures in measure(stale).items() if stale else ():
+            gpu_figures.write(
+                stem, {**gpu_figures.read(stem), backend: {"from": now[stem], **figures}}
+            )
+    gpu_figures.PAGE.write_text(gpu_figures.page())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print all that was found, write none")
-    as_json = parser.parse_args().json
-    for stem in STEMS:
-        importlib.import_module(f"test_{stem}")
+    parser.add_argument("--json", choices=("quick", "all"), help="print figures, write none")
+    part = parser.parse_args().json
     with tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder
-        found = [
-            launch
-            for contract in Contract.__subclasses__()
-            for sizes in contract.gpu_sizes
-            for dtype in TYPES
-            for launch in launches(contract(), dtype, sizes)
-        ]
-        codes = [launch.code(target) for launch in found for target in TARGETS]
-        if not as_json:
-            PAGE.write_text(f"{page(codes)}\n{_cuda_section()}")
-            return
-        # so few registers that the compilers must spill, which proves that a spill would be seen
-        starved = [
-            found[-1].code("sm_90", maxnreg=32),
-            found[-1].code("gfx942", num_warps=1, waves_per_eu=8),
-        ]
-    every = [[dataclasses.asdict(code) for code in group] for group in (codes, starved)]
-    print(json.dumps({"codes": every[0], "starved": every[1], "page": page(codes)}))
+        if part is None:
+            update()
+        elif part == "quick":
+            found = triton_figures(STEMS, [torch.float32], ["sm_90"])
+            print(json.dumps({"triton": found, "starved": starved()}))
+        else:
+            found = {"triton": triton_figures(STEMS)}
+            if cuda_code.reason() is None:
+                found["cuda"] = cuda_figures(STEMS)
+            print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,49 +1,75 @@
 """The CUDA kernels and their library, without a GPU: compiled, taken apart, counted, loaded."""
 
-import importlib
+import itertools
 import os
-import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import cuda_code
+import gpu_figures
 import rayfuse
 import simt
-from contract import Contract
 from rayfuse import backend
 from rayfuse.ops import STEMS
 from test_distortion_loss import TestDistortionLoss as Distortion
-from test_library import build_wheel, source, undefined_symbols  # noqa: F401
+from test_gpu_code import assert_committed
+from test_library import build_wheel, one_op, source, undefined_symbols  # noqa: F401
 
 needs_nvcc = pytest.mark.skipif(cuda_code.reason() is not None, reason=str(cuda_code.reason()))
 needs_simt = pytest.mark.skipif(simt.reason() is not None, reason=str(simt.reason()))
+each_op = pytest.mark.parametrize("stem", STEMS)
+# one of those that docs/gpu has figures of
+ARCH = "80"
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """Op -> its kernels compiled for one GPU: the object file, and the figures of the kernels."""
+    folder = tmp_path_factory.mktemp("objects")
+    paths = {stem: folder / f"{stem}.o" for stem in STEMS}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        figures = pool.map(cuda_code.compiled, STEMS, itertools.repeat(ARCH), paths.values())
+        return dict(zip(STEMS, zip(paths.values(), figures, strict=True), strict=True))
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", cuda_code.ARCHS)
-@pytest.mark.parametrize("path", cuda_code.sources(), ids=lambda path: path.stem)
-def test_kernels_compile_without_warnings_and_spills(path, arch):
-    kernels = cuda_code.compiled(path, arch)
-    assert {name.split("<")[0] for name in kernels} == {
-        f"{path.stem}_fwd_kernel",
-        f"{path.stem}_bwd_kernel",
+@each_op
+def test_kernels_compile_without_a_warning_to_what_the_figures_say(stem, objects):
+    path, rows = objects[stem]
+    assert {row["kernel"].partition("<")[0] for row in rows} >= {
+        f"{stem}_fwd_kernel",
+        f"{stem}_bwd_kernel",
     }
-    for name, resources in kernels.items():
-        assert (resources.spills, resources.stack) == (0, 0), name
+    assert gpu_figures.unexplained_spills(stem, rows) == []
+    assert_committed(stem, "cuda", "codes", rows, cuda_code.version())
+    # and the fingerprint is of all that the compiler read
+    words = Path(f"{path}.d").read_text().replace("\\\n", " ").split()
+    read = {Path(word).resolve() for word in words if not word.endswith(":")}
+    ours = {path for path in read if path.is_relative_to(cuda_code.ROOT / "csrc")}
+    assert ours == gpu_figures.included(cuda_code.source(stem))
 
 
 @needs_nvcc
-@pytest.mark.skipif(cuda_code.disassembler() is None, reason="no cuobjdump (triton has one)")
-@pytest.mark.parametrize("path", cuda_code.sources(), ids=lambda path: path.stem)
-def test_every_kernel_loads_and_stores_128_bits_at_a_time(path):
-    for name, resources in cuda_code.compiled(path, "80").items():
-        assert resources.load == 128, name
-        assert resources.store == 128 or "_fwd_" in name, name
+@each_op
+def test_every_kernel_loads_and_stores_128_bits_at_a_time(stem, objects):
+    for row in objects[stem][1]:
+        assert row["load"] == 128, row
+        assert row["store"] == 128 or "_fwd_" in row["kernel"], row
+
+
+@needs_nvcc
+@each_op
+def test_launches_are_what_the_figures_say(stem):
+    sizes = gpu_figures.contract(stem).gpu_sizes[0]
+    rows = cuda_code.launches(stem, torch.float32, sizes)
+    assert_committed(stem, "cuda", "launches", rows, cuda_code.version())
 
 
 @needs_simt
@@ -68,38 +94,21 @@ def test_memory_moves_once_and_in_whole_sectors(S, dtype):
         assert 32 * found["sectors"] <= 1.1 * (found["load_bytes"] + found["store_bytes"]), kernel
 
 
-@needs_nvcc
-@needs_simt
-@pytest.mark.skipif(cuda_code.disassembler() is None, reason="no cuobjdump (triton has one)")
-def test_page_says_what_nvcc_and_the_executor_say():
-    page = (cuda_code.ROOT / "docs" / "gpu.md").read_text()
-    section = "## cuda" + page.partition("## cuda")[2]
-    written_by = re.search(r"nvcc (\d+\.\d+\.\d+)", section).group(1)
-    if written_by != cuda_code.version():
-        pytest.skip(f"the page was written with nvcc {written_by}, here is {cuda_code.version()}")
-    for stem in STEMS:
-        importlib.import_module(f"test_{stem}")
-    contracts = [contract() for contract in Contract.__subclasses__()]
-    assert section == cuda_code.section(contracts), "docs/gpu.md is stale: run `make gpu-code`"
-
-
-@needs_nvcc
-def test_library_needs_only_torchs_c_interface_and_one_cuda_function(source, tmp_path):  # noqa: F811
-    wheel, _ = build_wheel(source, RAYFUSE_CUDA="80")
-    name = "rayfuse/lib/librayfuse_cuda.so"
-    library = zipfile.ZipFile(wheel).extract(name, tmp_path)
-    names = undefined_symbols(library)
+def assert_needs_only_torchs_c_interface(binary):
+    names = undefined_symbols(binary)
     of_torch = {n for n in names if n.startswith(("aoti_torch_", "torch_"))}
     assert "aoti_torch_get_current_cuda_stream" in of_torch
     # the rest is of the C and C++ libraries: no Python, no at:: or c10::, no dynamic CUDA
     others = [n for n in names if n not in of_torch]
     assert not [n for n in others if n.startswith(("Py", "_Py", "cuda", "cu", "__cuda"))]
     assert not [n for n in others if n.startswith("_Z") and ("2at" in n or "3c10" in n)]
-    exported = subprocess.run(
-        ["nm", "-DC", "--defined-only", library], capture_output=True, text=True, check=True
-    ).stdout
-    assert "rayfuse" not in exported
-    assert "cuda" not in exported
+
+
+@needs_nvcc
+def test_library_of_all_ops_needs_only_torchs_c_interface_and_one_cuda_function(objects, tmp_path):
+    library = tmp_path / "librayfuse_cuda.so"
+    cuda_code.link([path for path, _ in objects.values()], library)
+    assert_needs_only_torchs_c_interface(library)
 
     # it loads where this function exists: here in a library of a test, elsewhere in torch's own
     stub = tmp_path / "stub.so"
@@ -107,16 +116,29 @@ def test_library_needs_only_torchs_c_interface_and_one_cuda_function(source, tmp
     subprocess.run(
         ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", stub], input=code, text=True, check=True
     )
+    ops = [name for stem in STEMS for name in (stem, f"{stem}_bwd")]
     code = (
         "import ctypes, sys, torch, rayfuse;"
         f"ctypes.CDLL({str(stub)!r}, ctypes.RTLD_GLOBAL);"
-        f"torch.ops.load_library({library!r});"
+        f"torch.ops.load_library({str(library)!r});"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
-        "ops = ('distortion_loss', 'distortion_loss_bwd');"
-        "print([has(f'rayfuse_cuda::{op}', 'CUDA') for op in ops])"
+        f"print([op for op in {ops} if not has(f'rayfuse_cuda::{{op}}', 'CUDA')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[True, True]", done.stderr
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@needs_nvcc
+def test_wheel_with_cuda_holds_its_library(one_op, tmp_path):  # noqa: F811
+    wheel, _ = build_wheel(one_op, RAYFUSE_CUDA=ARCH)
+    name = "rayfuse/lib/librayfuse_cuda.so"
+    library = zipfile.ZipFile(wheel).extract(name, tmp_path)
+    assert_needs_only_torchs_c_interface(library)
+    exported = subprocess.run(
+        ["nm", "-DC", "--defined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert "rayfuse" not in exported
+    assert "cuda" not in exported
 
 
 def test_library_that_was_asked_for_without_nvcc_is_an_error(source, tmp_path):  # noqa: F811

@@ -1,4 +1,7 @@
-"""Every Triton kernel compiled for GPUs that are not there: what the compilers made of it."""
+"""What compilers made of the GPU kernels, for GPUs that are not there: docs/gpu is true and clean.
+
+Quick: the figures are of this tree by their fingerprints, and a part of them is made again here.
+"""
 
 import importlib.util
 import json
@@ -9,22 +12,91 @@ from pathlib import Path
 
 import pytest
 
+import cuda_code
+import gpu_figures
 from rayfuse.ops import STEMS
 
-SCRIPT = Path(__file__).parent / "gpu_code.py"
-PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
-TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
-
-pytestmark = pytest.mark.skipif(
+each_op = pytest.mark.parametrize("stem", STEMS)
+needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
+TARGETS = {
+    "triton": gpu_figures.TRITON_TARGETS,
+    "cuda": [f"sm_{arch}" for arch in gpu_figures.ARCHS],
+}
 
 
-@pytest.fixture(scope="module")
-def found():
-    """Another process: this one interprets."""
+@each_op
+@pytest.mark.parametrize("backend", TARGETS)
+def test_figures_are_of_this_tree(stem, backend):
+    made_from = gpu_figures.read(stem).get(backend, {}).get("from")
+    stale = f"docs/gpu/{stem}.json is stale: run `make gpu-code`"
+    assert made_from == gpu_figures.fingerprint(stem, backend), stale
+
+
+def test_page_says_what_the_figures_say():
+    assert gpu_figures.PAGE.read_text() == gpu_figures.page(), "run `make gpu-code`"
+
+
+@each_op
+@pytest.mark.parametrize("backend", TARGETS)
+def test_every_kernel_was_compiled_for_every_target_and_none_spills(stem, backend):
+    rows = gpu_figures.read(stem)[backend]["codes"]
+    for direction in ("fwd", "bwd"):
+        name = f"{stem}_{direction}_kernel"
+        targets = {row["target"] for row in rows if row["kernel"].partition("<")[0] == name}
+        assert targets == set(TARGETS[backend])
+    assert gpu_figures.unexplained_spills(stem, rows) == []
+
+
+@each_op
+def test_every_kernel_was_compiled_at_every_size_and_type(stem):
+    contract, figures = gpu_figures.contract(stem), gpu_figures.read(stem)
+    labels = {
+        gpu_figures.label(dtype, sizes)
+        for dtype in gpu_figures.TYPES
+        for sizes in contract.gpu_sizes
+    }
+    assert labels, f"{contract.__name__} has no gpu_sizes"
+    assert {row["inputs"] for row in figures["triton"]["codes"]} == labels
+    assert {row["inputs"] for row in figures["cuda"]["launches"]} == labels
+
+
+@each_op
+def test_no_index_of_a_program_overflows(stem):
+    assert all(row["wide_index"] for row in gpu_figures.read(stem)["triton"]["codes"])
+
+
+@pytest.mark.parametrize("inputs, bits", [("fp32, S = 128", 128), ("fp32, S = 100", 32)])
+def test_aligned_rows_are_loaded_128_bits_at_a_time(inputs, bits):
+    loads = {
+        row["load"]
+        for row in gpu_figures.read("distortion_loss")["triton"]["codes"]
+        if row["inputs"] == inputs and row["target"].startswith("sm_")
+    }
+    assert loads == {bits}
+
+
+def test_fingerprint_is_of_all_that_decides(monkeypatch):
+    kernels = gpu_figures.ROOT / gpu_figures.KERNELS["triton"].format("distortion_loss")
+    names = {path.name for path in gpu_figures.included(kernels)}
+    assert names == {"distortion_loss.py", "common.py"}
+    before = gpu_figures.fingerprint("distortion_loss", "triton")
+    assert before == gpu_figures.fingerprint("distortion_loss", "triton")
+    read, files = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: files.append(path.name) or read(path))
+    monkeypatch.setattr(gpu_figures.contract("distortion_loss"), "gpu_sizes", ({"S": 64},))
+    assert before != gpu_figures.fingerprint("distortion_loss", "triton")
+    assert {*files} == {*names, "gpu_code.py"}
+    files.clear()
+    gpu_figures.fingerprint("distortion_loss", "cuda")
+    assert {"rays.h", "accumulator.h", "cuda_code.py", "simt.py", "executor.cpp"} <= {*files}
+
+
+def measured(part):
+    """Another process: this one interprets triton's kernels."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--json"],
+        [sys.executable, gpu_figures.ROOT / "tests" / "gpu_code.py", "--json", part],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -33,37 +105,32 @@ def found():
     return json.loads(done.stdout)
 
 
-def test_every_kernel_of_every_op_compiles_for_every_target(found):
-    compiled = {(code["kernel"], code["target"]) for code in found["codes"]}
-    for stem in STEMS:
-        for kernel in (f"{stem}_fwd_kernel", f"{stem}_bwd_kernel"):
-            assert {target for name, target in compiled if name == kernel} == TARGETS
+def assert_committed(stem, backend, kind, rows, by):
+    """The figures have these rows, unless another compiler made them."""
+    figures = gpu_figures.read(stem)[backend]
+    if figures["by"] != by:
+        pytest.skip(f"docs/gpu/{stem}.json was made by {figures['by']}, here is {by}")
+    assert [row for row in rows if row not in figures[kind]] == []
 
 
-def test_no_kernel_spills(found):
-    assert [code for code in found["codes"] if code["spills"] or code["stack"]] == []
+@needs_triton
+def test_triton_kernels_compile_to_what_the_figures_say():
+    found = measured("quick")
+    for stem, figures in found["triton"].items():
+        assert gpu_figures.unexplained_spills(stem, figures["codes"]) == []
+        assert_committed(stem, "triton", "codes", figures["codes"], figures["by"])
+    # and a kernel that was given too few registers shows its spills
+    assert [row["target"] for row in found["starved"]] == ["sm_90", "gfx942"]
+    assert all(row["spills"] and row["stack"] for row in found["starved"])
 
 
-def test_spills_would_be_seen(found):
-    """A kernel that was given too few registers."""
-    assert [code["target"] for code in found["starved"]] == ["sm_90", "gfx942"]
-    assert all(code["spills"] and code["stack"] for code in found["starved"])
-
-
-def test_no_index_of_a_program_overflows(found):
-    assert all(code["wide_index"] for code in found["codes"])
-
-
-@pytest.mark.parametrize("inputs, bits", [("fp32, S = 128", 128), ("fp32, S = 100", 32)])
-def test_aligned_rows_are_loaded_128_bits_at_a_time(found, inputs, bits):
-    loads = {
-        code["load"]
-        for code in found["codes"]
-        if code["inputs"] == inputs and code["target"].startswith("sm_")
-    }
-    assert loads == {bits}
-
-
-def test_page_says_what_the_compilers_say(found):
-    before_cuda = PAGE.read_text().partition("\n## cuda")[0]
-    assert before_cuda == found["page"], "docs/gpu.md is stale: run `make gpu-code`"
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.skipif(cuda_code.reason() is not None, reason=str(cuda_code.reason()))
+def test_every_figure_is_what_is_measured_here():
+    for backend, of_ops in measured("all").items():
+        for stem, figures in of_ops.items():
+            committed = gpu_figures.read(stem)[backend]
+            for kind in figures.keys() - {"by"}:
+                assert_committed(stem, backend, kind, figures[kind], figures["by"])
+                assert len(figures[kind]) == len(committed[kind])

@@ -72,6 +72,15 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
+@pytest.fixture
+def one_op(source):
+    """With the kernels of one op: what a wheel is made of does not depend on how many there are."""
+    for path in [*source.glob("csrc/cpu/*.cpp"), *source.glob("csrc/cuda/*.cu")]:
+        if path.stem != "distortion_loss":
+            path.unlink()
+    return source
+
+
 def build_wheel(source, **environment):
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "bdist_wheel"],
@@ -85,8 +94,8 @@ def build_wheel(source, **environment):
     return wheel, done.stdout + done.stderr
 
 
-def test_wheel_is_for_every_python_of_this_platform(source):
-    wheel, _ = build_wheel(source)
+def test_wheel_is_for_every_python_of_this_platform(one_op):
+    wheel, _ = build_wheel(one_op)
     assert re.search(r"-py3-none-(linux|manylinux)\w*\.whl$", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     for library in LIBRARIES:
