@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch is there already: an isolated build would not see it
 INSTALL := $(PIP) install -q --no-build-isolation
+# most tests keep one processor busy: 34 s became 23 s on two
+PARALLEL_PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: help build test test-all test-abi test-cuda-abi gpu-code bench check format demo wheel clean
 .DEFAULT_GOAL := help
@@ -24,10 +26,10 @@ demo: $(VENV)/.with-train  ## train a feature field on two photographs; report i
 	$(BIN)/rayfuse train
 
 test: $(VENV)/.with-train $(VENV)/.with-test  ## the whole suite but the slow tests
-	$(BIN)/python -m pytest
+	$(PARALLEL_PYTEST)
 
 test-all: $(VENV)/.with-train $(VENV)/.with-test  ## the suite with the slow tests
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PARALLEL_PYTEST) -m "slow or not slow"
 
 test-abi: $(VENV)/.built  ## load this build under an older torch, in a second environment
 	$(PYTHON) -m venv .venv-abi

@@ -37,11 +37,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(params=[name for name in BACKENDS if backend.reason(name) is None])
-def forced_backend(request):
+def forced_backend(request, record_property):
     """Each backend that can run here in turn, forced; test_backend.py skips the others by name."""
+    record_property("backend", request.param)
     with rayfuse.use_backend(request.param):
         yield request.param
-    _ran[request.param] += 1
+
+
+def pytest_runtest_logreport(report):
+    # the reports of other processes arrive here too
+    if report.when == "call" and report.passed:
+        _ran.update(value for name, value in report.user_properties if name == "backend")
 
 
 def device_of(name):
