@@ -62,9 +62,14 @@ def test_no_file_without_an_op(role):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_function_is_public_documented_and_in_the_readme(name):
     assert name in rayfuse.__all__
-    for section in ("Args:", "Returns:", "Raises:", "Source:", "Example:"):
-        section_is_there = section in getattr(rayfuse, name).__doc__
-        assert section_is_there, f"the docstring of {name} has no {section}"
+    public = getattr(rayfuse, name)
+    if isinstance(public, type):  # what an op returns: its fields say the rest
+        assert public.__doc__
+        return
+    # what stands on an op may leave the rest to it
+    whole = ("Args:", "Returns:", "Raises:", "Source:", "Example:")
+    for section in whole if name in STEMS else ("Example:",):
+        assert section in public.__doc__, f"the docstring of {name} has no {section}"
     assert f"`{name}`" in (ROOT / "README.md").read_text(), f"README.md does not list {name}"
 
 
