@@ -91,14 +91,16 @@ def finish() -> Iterator[str]:
                 text = [*text, "", f"![{title}]({plot})"]
             page += [f"### {title[0].upper()}{title[1:]}", "", *text, ""]
         if op in pages:
-            _insert(ROOT / "docs" / f"{pages[op]}.md", page)
+            _insert(ROOT / "docs" / f"{pages[op]}.md", op, page)
     yield from ("", f"written: {path.relative_to(ROOT)}, and docs/")
 
 
-def _insert(page: Path, lines: list[str]) -> None:
-    """Replace what lies between the marks of a page."""
-    begin, end = "<!-- bench: begin -->", "<!-- bench: end -->"
+def _insert(page: Path, op: str, lines: list[str]) -> None:
+    """Replace what lies between an op's marks on a page, which it gets at the end."""
+    begin, end = f"<!-- bench: {op} -->", f"<!-- end: {op} -->"
     text = page.read_text()
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n## `{op}`, measured\n\n{begin}{end}\n"
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
     used = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in environment().items())
