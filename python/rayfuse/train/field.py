@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import rayfuse
+from rayfuse.train.profile import fused
 from rayfuse.train.space import Space, spherical_harmonics
 
 HASH_STRIDES = (73856093, 19349669, 1)
@@ -274,5 +276,5 @@ class FeatureHead(nn.Module):
         """
         hidden = F.relu(self.hidden(self.grid(u.flatten(0, 1), generator)))
         hidden = hidden.view(*u.shape[:2], -1)
-        total = (weights[:, None] @ hidden)[:, 0]
+        total = fused(rayfuse.render_features, weights, hidden)
         return F.linear(total, self.out.weight) + self.out.bias * weights.sum(1, keepdim=True)

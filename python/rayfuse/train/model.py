@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.profiler import record_function
 
+import rayfuse
 from rayfuse.train.field import Field, FieldConfig, ProposalField
+from rayfuse.train.profile import fused
 from rayfuse.train.scene import Rays
 from rayfuse.train.space import Space
 
@@ -57,13 +58,6 @@ class Outputs:
     normals: Tensor | None = None
     predicted_normals: Tensor | None = None
     normal_directions: Tensor | None = None
-
-
-def weights_from_density(density: Tensor, t: Tensor) -> Tensor:
-    """w = T (1 - exp(-σδ)), T = exp(-Σ earlier σδ): density[R, S], edges t[R, S+1] -> [R, S]."""
-    x = density * (t[:, 1:] - t[:, :-1])
-    before = F.pad(torch.cumsum(x[:, :-1], dim=-1), (1, 0))
-    return torch.exp(-before) * -torch.expm1(-x)
 
 
 def resample(s: Tensor, weights: Tensor, count: int, padding: float, jitter: Tensor) -> Tensor:
@@ -125,7 +119,7 @@ class FeatureFieldModel(nn.Module):
             with record_function("part:proposals"):
                 s, t, x = self._samples(rays, s, weights, count, generator)
                 density = proposal(self.space.warp(x).view(-1, 3), generator)
-                level_weights = weights_from_density(density.view(len(s), count), t)
+                level_weights, _ = fused(rayfuse.ray_weights, density.view(len(s), count), t)
             levels.append(Level(s, t, level_weights))
             weights = level_weights.detach()
         count = self.sampler.num_nerf_samples_per_ray
@@ -138,17 +132,16 @@ class FeatureFieldModel(nn.Module):
         with record_function("part:colour"):
             colours = self.field.colour(embedding, rays.directions)
         with record_function("part:compositing"):
-            weights = weights_from_density(density.view(len(s), count), t)
+            weights, _ = fused(rayfuse.ray_weights, density.view(len(s), count), t)
             levels.append(Level(s, t, weights))
-            rgb = (weights[:, None] @ colours)[:, 0]
-            accumulation = weights.sum(dim=-1, keepdim=True)
-            middle = 0.5 * (t[:, 1:] + t[:, :-1])
-            depth = (weights * middle).sum(-1, keepdim=True) / (accumulation + 1e-10)
+            rgb, depth, accumulation = fused(rayfuse.composite_rays, t, weights, f=colours)
         with record_function("part:features"):
             features = {
                 name: head(u, weights, generator) for name, head in self.field.feature_heads.items()
             }
-        outputs = Outputs(rgb, accumulation, depth, colours[:, -1], levels, features)
+        outputs = Outputs(
+            rgb, accumulation[:, None], depth[:, None], colours[:, -1], levels, features
+        )
         if normal_rays is None or normal_rays > 0:
             with record_function("part:normals"):
                 some = slice(normal_rays)

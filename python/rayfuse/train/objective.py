@@ -5,7 +5,6 @@ Names and defaults of the configuration are F3RM's and nerfstudio's.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +15,6 @@ from torch.profiler import record_function
 import rayfuse
 from rayfuse.train.model import Background, Level, Outputs
 from rayfuse.train.profile import fused
-
-EPS = 1e-7
 
 
 @dataclass
@@ -41,7 +38,7 @@ class ObjectiveConfig:
     depth_loss_mult: float = 1e-3
     """Weight of depth supervision, where the scene has depth."""
     depth_sigma: float = 0.01
-    """Half-width of the band around a measured depth, as a share of that depth."""
+    """Variance of a measured depth, in shares of that depth squared."""
     predict_normals: bool = True
     """Compute normals, and with them the orientation and predicted-normal terms."""
     normal_rays: int | None = None
@@ -94,54 +91,33 @@ def adaptive_feature_weight(
     return 2.0 * base_weight if ratio < 0.001 else base_weight
 
 
-def orientation_loss(weights: Tensor, normals: Tensor, viewdirs: Tensor) -> Tensor:
-    """Σ w min(0, n·v)², v = -viewdirs: w[R, S], n[R, S, 3], viewdirs[R, 3] -> [R]."""
-    toward = -(normals * viewdirs[:, None]).sum(dim=-1)
-    return (weights * toward.clamp(max=0.0) ** 2).sum(dim=-1)
-
-
-def pred_normal_loss(weights: Tensor, normals: Tensor, pred_normals: Tensor) -> Tensor:
-    """Σ w (1 - n·n̂): w[R, S], n[R, S, 3], n̂[R, S, 3] -> [R]."""
-    return (weights * (1.0 - (normals * pred_normals).sum(dim=-1))).sum(dim=-1)
-
-
-def outer(t: Tensor, t_envelope: Tensor, w_envelope: Tensor) -> Tensor:
-    """Total envelope weight of the bins that touch each interval of t[R, S+1]: [R, S]."""
-    total = F.pad(torch.cumsum(w_envelope, dim=-1), (1, 0))
-    last = w_envelope.shape[-1] - 1
-    lower = torch.searchsorted(t_envelope[:, :-1].contiguous(), t[:, :-1].contiguous(), right=True)
-    upper = torch.searchsorted(t_envelope[:, 1:].contiguous(), t[:, 1:].contiguous(), right=True)
-    lower, upper = (lower - 1).clamp(0, last), upper.clamp(0, last)
-    return total.gather(-1, upper + 1) - total.gather(-1, lower)
-
-
 def interlevel_loss(levels: list[Level]) -> Tensor:
     """Σ over proposal levels of the mean of max(0, w - outer)² / (w + ε); w is detached."""
-    s, w = levels[-1].s.detach(), levels[-1].weights.detach()
-    loss = w.new_zeros(())
-    for level in levels[:-1]:
-        excess = (w - outer(s, level.s, level.weights)).clamp_min(0.0)
-        loss = loss + (excess**2 / (w + EPS)).mean()
-    return loss
+    s, w = levels[-1].s, levels[-1].weights.detach()
+    return torch.stack(
+        [fused(rayfuse.interlevel_loss, s, w, level.s, level.weights) for level in levels[:-1]]
+    ).sum()
 
 
-def depth_loss(level: Level, depth: Tensor, rendered: Tensor, sigma: float) -> Tensor:
-    """Urban Radiance Fields' depth term, mean over the rays whose depth[R, 1] is known.
+def depth_loss(level: Level, depth: Tensor, sigma: float) -> Tensor:
+    """Depth-supervised NeRF's term, mean over the rays whose depth[R, 1] is known.
 
-    (D̂ - D)² + Σ (w - m)² over the intervals that begin before D + σ, with distances as shares of D
-    and σ = `sigma`. m is the mass of N(D, σ/3) in an interval, so empty space before D costs w²,
-    and an interval wider than the band that holds D is asked for all the weight.
+    Distances are shares of the depth, so that near and far surfaces count alike.
     """
     known = depth.isfinite() & (depth > 0)
-    target = torch.where(known, depth, 1.0)
-    edges = level.t / target
-    cumulative = 0.5 * torch.erf((edges - 1.0) * (3.0 / (sigma * math.sqrt(2.0))))
-    mass = cumulative.diff(dim=-1)
-    seen = edges[:, :-1] <= 1.0 + sigma
-    sight = torch.where(seen, (level.weights - mass) ** 2, 0.0).sum(dim=-1)
-    loss = sight + (rendered / target - 1.0)[:, 0] ** 2
-    known = known[:, 0]
-    return torch.where(known, loss, 0.0).sum() / known.sum().clamp_min(1)
+    edges = level.t / torch.where(known, depth, 1.0)
+    middles = 0.5 * (edges[:, 1:] + edges[:, :-1])
+    surface = torch.where(known, 1.0, torch.nan)[:, 0]
+    return fused(
+        rayfuse.depth_loss,
+        level.weights,
+        middles,
+        surface.to(middles.dtype),
+        lengths=edges.diff(dim=-1),
+        form="ds_nerf",
+        sigma=sigma,
+        denominator=known.sum().clamp_min(1),
+    )
 
 
 class Objective:
@@ -164,8 +140,7 @@ class Objective:
             final = outputs.levels[-1]
             distortion = fused(rayfuse.distortion_loss, final.s, final.weights)
             add("distortion_loss", c.distortion_loss_mult, distortion)
-            with record_function("op:interlevel_loss"):
-                add("interlevel_loss", c.interlevel_loss_mult, interlevel_loss(outputs.levels))
+            add("interlevel_loss", c.interlevel_loss_mult, interlevel_loss(outputs.levels))
             for name, rendered in outputs.features.items():
                 with record_function("op:feature_loss"):
                     loss = F.mse_loss(rendered, batch.features[name])
@@ -180,17 +155,17 @@ class Objective:
             if outputs.normals is not None:
                 some = slice(len(outputs.normals))
                 weights = final.weights[some].detach()
-                assert outputs.predicted_normals is not None
-                assert outputs.normal_directions is not None
-                with record_function("op:orientation_loss"):
-                    per_ray = orientation_loss(weights, outputs.normals, outputs.normal_directions)
-                add("orientation_loss", c.orientation_loss_mult, per_ray.mean())
-                with record_function("op:pred_normal_loss"):
-                    per_ray = pred_normal_loss(weights, outputs.normals, outputs.predicted_normals)
-                add("pred_normal_loss", c.pred_normal_loss_mult, per_ray.mean())
+                orientation, predicted = fused(
+                    rayfuse.normal_losses,
+                    weights,
+                    outputs.normals,
+                    n_pred=outputs.predicted_normals,
+                    d=outputs.normal_directions,
+                )
+                add("orientation_loss", c.orientation_loss_mult, orientation)
+                add("pred_normal_loss", c.pred_normal_loss_mult, predicted)
             if batch.depth is not None:
-                with record_function("op:depth_loss"):
-                    loss = depth_loss(final, batch.depth, outputs.depth, c.depth_sigma)
+                loss = depth_loss(final, batch.depth, c.depth_sigma)
                 add("depth_loss", c.depth_loss_mult, loss)
         mse = terms.losses["rgb_loss"].detach()
         terms.metrics["psnr"] = -10.0 * torch.log10(mse)
