@@ -138,13 +138,14 @@ class LevelledSum {
     fold(near_);
     near_ += x;
   }
-  // Goes on from `lane`, which held the sum of the last block; x are the sums inside the next one.
+  // Goes on from `lane`, and as many as there are rays, which held the sums of the last block; x
+  // are the sums inside the next one.
   // Returns the sums up to each lane of the last block and of this one, both without far().
-  template <int lane>
+  template <int lane, int rays = kRays<A>>
   std::pair<vec<A>, vec<A>> go_on(vec<A> x) {
-    fold(repeat_lane<lane>(near_));
+    fold(repeat<lane, rays>(near_));
     const vec<A> last = near_;
-    near_ = x + repeat_lane<lane>(near_);
+    near_ = x + repeat<lane, rays>(near_);
     return {last, near_};
   }
   vec<A> with_far(vec<A> x) const { return long_rays ? far_ + x : x; }

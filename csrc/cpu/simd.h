@@ -198,13 +198,18 @@ V shift_down(V x) {
   return window<places>(x, V{});
 }
 
+// Lanes first .. first + count, over and over.
+template <int first, int count, class V>
+V repeat(V x) {
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(x, x, (first + i % count)...);
+  }(std::make_integer_sequence<int, kLanesOf<V>>());
+}
+
 // The 128-bit lane that starts at lane `first`, in every 128-bit lane.
 template <int first, class V>
 V repeat_lane(V x) {
-  constexpr int k = 16 / sizeof(std::declval<V>()[0]);
-  return [&]<int... i>(std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(x, x, (first + i % k)...);
-  }(std::make_integer_sequence<int, kLanesOf<V>>());
+  return repeat<first, 16 / sizeof(std::declval<V>()[0])>(x);
 }
 
 // Within each 128-bit lane, the low or high halves of a and b, taken in turn `unit` values at a
