@@ -42,16 +42,13 @@ class PackedRays {
   // Here a look at all offsets costs no synchronisation, and wrong ones would lead out of bounds.
   PackedRays(const std::string& op, const Tensor& offsets_, int64_t P)
       : offsets(data<int64_t>(offsets_)), R(offsets_.numel() - 1), work_(P + R * kRayWork) {
-    const auto fail = [&](const std::string& rule, int64_t got) {
-      throw std::runtime_error(op + ": offsets must " + rule + ", got " + std::to_string(got));
-    };
-    if (offsets[0] != 0) fail("start at 0", offsets[0]);
-    if (offsets[R] != P) fail("end at P=" + std::to_string(P), offsets[R]);
-    bool sorted = true;
-    for (int64_t r = 0; r < R; ++r) sorted &= offsets[r] <= offsets[r + 1];
-    for (int64_t r = 0; !sorted && r < R; ++r) {
-      if (offsets[r] > offsets[r + 1]) {
-        fail("not decrease", offsets[r + 1]);
+    bool rising = offsets[0] == 0 && offsets[R] == P;
+    for (int64_t r = 0; r < R; ++r) rising &= offsets[r] <= offsets[r + 1];
+    for (int64_t i = 0; !rising; ++i) {
+      const int64_t least = i ? offsets[i - 1] : 0, got = offsets[i];
+      if (got < least || got > P || (i == 0 && got != 0) || (i == R && got != P)) {
+        throw std::runtime_error(op + ": offsets must rise from 0 to the number of samples, got " +
+                                 std::to_string(got) + " at [" + std::to_string(i) + "]");
       }
     }
   }
