@@ -6,19 +6,28 @@
 
 namespace rayfuse {
 
-// Samples k.. of a ray, of which n exist; the others are 0.
+// Samples k.. of a ray of n; k may be -1. The lanes outside of the ray are 0.
 template <class T>
 vec<accumulator<T>> load_at(const T* ray, int64_t k, int64_t n) {
-  return n < kLanes<accumulator<T>> ? load(ray + k, n) : load(ray + k);
+  if (k < 0) return shift_up<1>(load_at(ray, 0, n));
+  return n - k < kLanes<accumulator<T>> ? load(ray + k, n - k) : load(ray + k);
 }
 template <class T>
 void store_at(T* ray, int64_t k, int64_t n, vec<accumulator<T>> x) {
-  n < kLanes<accumulator<T>> ? store(ray + k, x, n) : store(ray + k, x);
+  n - k < kLanes<accumulator<T>> ? store(ray + k, x, n - k) : store(ray + k, x);
 }
 
-template <class A>
-vec<A> broadcast(A x) {
-  return x - vec<A>{};
+// The running sums of the lanes from the left or from the right: first inside each 128-bit lane,
+// where values move faster, then from one to the next.
+template <bool from_right, int places = 1, class V>
+V inclusive_lanes(V x) {
+  constexpr int K = 16 / sizeof(std::declval<V>()[0]);
+  if constexpr (places < kLanesOf<V>) {
+    const V step = places < K ? shift_inside<from_right ? -places : places>(x)
+                              : carry_from<from_right ? -places / K : places / K>(x);
+    return inclusive_lanes<from_right, 2 * places>(x + step);
+  }
+  return x;
 }
 
 // A running sum along a ray, a register at a time.
@@ -32,20 +41,12 @@ class Scan {
   // it.
   Sums add(vec<A> x) {
     constexpr int kEnd = from_right ? 0 : kLanes<A> - 1;
-    const auto [last, here] = sum_.template go_on<kEnd, 1>(inclusive_lanes<1>(x));
+    const auto [last, here] = sum_.template go_on<kEnd, 1>(inclusive_lanes<from_right>(x));
     const vec<A> before = from_right ? window<1>(here, last) : window<kLanes<A> - 1>(last, here);
     return {sum_.with_far(before), sum_.with_far(here)};
   }
 
  private:
-  template <int places>
-  static vec<A> inclusive_lanes(vec<A> x) {
-    if constexpr (places == kLanes<A>) return x;
-    if constexpr (places < kLanes<A>) {
-      return inclusive_lanes<2 * places>(
-          x + (from_right ? shift_down<places>(x) : shift_up<places>(x)));
-    }
-  }
   LevelledSum<A, long_rays> sum_;
 };
 template <class A, bool long_rays>

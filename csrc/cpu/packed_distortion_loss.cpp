@@ -20,20 +20,17 @@ struct LeftPass {
   const T *t_starts, *t_ends, *w;
   int64_t n;
   LeftScan<A, long_rays> weight = {}, spread = {};
-  // before the first sample lies nothing
-  vec<A> start = broadcast(widen(t_starts[0])), end = broadcast(widen(t_ends[0]));
   vec<A> w0 = {}, left = {}, gap = {}, width = {}, spread_left = {};
 
+  // Neighbours come from memory once more: lanes that move cost more than loads from the cache.
   void step(int64_t k) {
-    constexpr int kLast = kLanes<A> - 1;
-    w0 = load_at(w, k, n - k);
-    const vec<A> start_here = load_at(t_starts, k, n - k), end_here = load_at(t_ends, k, n - k);
-    gap =
-        (start_here - window<kLast>(start, start_here)) + (end_here - window<kLast>(end, end_here));
-    width = end_here - start_here;
-    left = weight.add(w0).before;
+    w0 = load_at(w, k, n);
+    const vec<A> start = load_at(t_starts, k, n), end = load_at(t_ends, k, n);
+    // before the first sample any finite gap will do: no weight lies there
+    gap = (start - load_at(t_starts, k - 1, n)) + (end - load_at(t_ends, k - 1, n));
+    width = end - start;
+    left = weight.add(load_at(w, k - 1, n)).including;
     spread_left = spread.add(gap * left).including;
-    start = start_here, end = end_here;
   }
 };
 
@@ -99,13 +96,13 @@ void gradients_of(int64_t n, accumulator<T> d_loss, const T* t_starts, const T* 
   RightScan<A, long_rays> weight, spread;
   for (k -= N; k >= 0; k -= N) {
     const Kept<A>& here = kept[k / N];
-    const auto [right, right_or_here] = weight.add(here.w);
+    const vec<A> right = weight.add(load_at(w, k + 1, n)).including;
     const vec<A> balance = here.left - right, third = A(1) / 3 * here.w;
-    if (out.d_t_starts) store_at(out.d_t_starts, k, n - k, d_loss * (here.w * (balance - third)));
-    if (out.d_t_ends) store_at(out.d_t_ends, k, n - k, d_loss * (here.w * (balance + third)));
+    if (out.d_t_starts) store_at(out.d_t_starts, k, n, d_loss * (here.w * (balance - third)));
+    if (out.d_t_ends) store_at(out.d_t_ends, k, n, d_loss * (here.w * (balance + third)));
     if (out.d_w) {
-      const vec<A> spread_right = spread.add(here.gap * right_or_here).before;
-      store_at(out.d_w, k, n - k, d_loss * (here.d_w + spread_right));
+      const vec<A> spread_right = spread.add(here.gap * (here.w + right)).before;
+      store_at(out.d_w, k, n, d_loss * (here.d_w + spread_right));
     }
   }
 }

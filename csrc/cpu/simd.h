@@ -212,6 +212,36 @@ V repeat_lane(V x) {
   return repeat<first, 16 / sizeof(std::declval<V>()[0])>(x);
 }
 
+// Values move up by a number of places inside their 128-bit lane, or down by a negative one; zeros
+// come in.
+template <int places, class V>
+V shift_inside(V x) {
+  constexpr int kBytes = places * int{sizeof(std::declval<V>()[0])};
+#if defined(__AVX512F__)
+  if constexpr (kBytes > 0) return (V)_mm512_bslli_epi128((__m512i)x, kBytes);
+  if constexpr (kBytes < 0) return (V)_mm512_bsrli_epi128((__m512i)x, -kBytes);
+#elif defined(__AVX2__)
+  if constexpr (kBytes > 0) return (V)_mm256_slli_si256((__m256i)x, kBytes);
+  if constexpr (kBytes < 0) return (V)_mm256_srli_si256((__m256i)x, -kBytes);
+#else
+  if constexpr (kBytes > 0) return shift_up<places>(x);
+  if constexpr (kBytes < 0) return shift_down<-places>(x);
+#endif
+}
+
+// Each 128-bit lane filled with the last value of the one so many before it, or with the first
+// value of the one so many after it if their number is negative; 0 where there is none.
+template <int lanes, class V>
+V carry_from(V x) {
+  constexpr int n = kLanesOf<V>, k = 16 / sizeof(std::declval<V>()[0]);
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(x, V{},
+                                   (i / k - lanes < 0 || i / k - lanes >= n / k
+                                        ? n
+                                        : (i / k - lanes) * k + (lanes > 0 ? k - 1 : 0))...);
+  }(std::make_integer_sequence<int, n>());
+}
+
 // Within each 128-bit lane, the low or high halves of a and b, taken in turn `unit` values at a
 // time.
 template <int unit, bool high, class V>
