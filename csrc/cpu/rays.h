@@ -121,7 +121,7 @@ class Delay {
   vec<A> end_;
 };
 
-// So many blocks add up in one level; longer rays take two, so that 2^16 samples lose no more to
+// So many blocks add up in one level; longer rays take two, so that 2^20 samples lose no more to
 // rounding than a few hundred do. The second level costs a tenth of the time at 48 samples.
 constexpr int kBlocksInLevel = 128;
 
@@ -154,12 +154,15 @@ class LevelledSum {
  private:
   void fold(vec<A> near) {
     if (!long_rays || terms_++ < kBlocksInLevel) return;
-    far_ += near;
+    // what the sum rounds off is added with the next term
+    const vec<A> term = near - lost_, sum = far_ + term;
+    lost_ = (sum - far_) - term;
+    far_ = sum;
     near_ = vec<A>{};
     terms_ = 1;
   }
 
-  vec<A> near_ = {}, far_ = {};
+  vec<A> near_ = {}, far_ = {}, lost_ = {};
   int terms_ = 0;
 };
 
