@@ -81,7 +81,9 @@ class PackedRays:
         self.offsets = offsets.clamp(0, P)
         sample = torch.arange(P, device=offsets.device)
         rays = max(len(offsets) - 1, 1)
-        self.ray = torch.searchsorted(offsets[1:].contiguous(), sample, right=True).clamp(max=rays - 1)
+        self.ray = torch.searchsorted(offsets[1:].contiguous(), sample, right=True).clamp(
+            max=rays - 1
+        )
         self.place = sample - self.offsets[self.ray]
         """[P] of each sample, how many of its ray come before it."""
 
