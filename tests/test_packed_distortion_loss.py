@@ -1,4 +1,4 @@
-"""What only the packed distortion loss knows: the dense one, gaps between intervals, closed forms."""
+"""What only the packed distortion loss knows: its definition, the dense one, closed forms."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rayfuse
-from conftest import BACKENDS, device_of
+from conftest import BACKENDS, EMULATED, device_of
 from contract import PackedContract
 from rayfuse import backend
 
@@ -77,6 +77,7 @@ class TestPackedDistortionLoss(PackedContract):
 
     @pytest.mark.parametrize("S", [4096, 65536])
     def test_long_rays(self, forced_backend, device, S):
+        S = min(S, 10_000) if forced_backend in EMULATED else S
         self.assert_as_right_as_torch(self.inputs((3,), device=device, P=S))
 
     @settings(max_examples=60, deadline=None)

@@ -6,7 +6,6 @@ of the references.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ class PackedOp(Op):
     def _check_offsets(self, offsets: Tensor, P: int) -> None:
         wrong = self.domain["offsets"].holds(offsets, P).logical_not().nonzero()
         if len(wrong):
-            at = wrong[0].item()
+            at = int(wrong[0])
             rule = self.domain["offsets"].rule
             self._fail(ValueError, "offsets", rule, f"{offsets[at].item()} at [{at}]")
 
@@ -66,7 +65,7 @@ class PackedOp(Op):
         for name, early, late in (("t_starts", before, starts), ("t_ends", starts, ends)):
             wrong = (late < early).nonzero()
             if len(wrong):
-                at = wrong[0].item()
+                at = int(wrong[0])
                 rule = "not decrease along a ray, from start to end to the next start"
                 self._fail(ValueError, name, rule, f"{late[at].item():g} at [{at}]")
 

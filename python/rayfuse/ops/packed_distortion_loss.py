@@ -15,7 +15,7 @@ __all__ = ["packed_distortion_loss"]
     base=PackedOp,
 )
 def packed_distortion_loss(t_starts: Tensor, t_ends: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """Spread of the weights along each packed ray: sum_ij w_i w_j |m_i - m_j| + 1/3 sum_i w_i^2 dt_i.
+    """Spread of the weights along packed rays: sum_ij w_i w_j |m_i - m_j| + 1/3 sum_i w_i^2 dt_i.
 
     m are the midpoints and dt the widths of the intervals. `distortion_loss` for rays with any
     numbers of samples, empty rays included, and intervals that need not touch: O(P) in time and
