@@ -35,26 +35,29 @@ struct Tile {
   __device__ Tile(const Team<kThreads>& team, const PackedRay& ray, const Samples<T>& all,
                   int64_t first)
       : team(team), ray(ray), first(first) {
-    A start[kItems], end[kItems];
+    A start[kItems] = {}, end[kItems] = {};
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int64_t k = place(i);
-      const bool here = ray.has(k);
-      start[i] = here ? widen(all.t_starts[k]) : A(0);
-      end[i] = here ? widen(all.t_ends[k]) : A(0);
-      w[i] = here ? widen(all.w[k]) : A(0);
+      w[i] = gap[i] = width[i] = 0;
+      // all lanes read, so that the warp's requests stay whole
+      if (first + i * kThreads >= ray.end) continue;
+      const int64_t k = min(max(place(i), ray.begin), ray.end - 1);
+      start[i] = widen(all.t_starts[k]);
+      end[i] = widen(all.t_ends[k]);
+      const A w_k = widen(all.w[k]);
+      w[i] = ray.has(place(i)) ? w_k : A(0);
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int64_t k = place(i);
       A start_before = __shfl_up_sync(kAllLanes, start[i], 1);
       A end_before = __shfl_up_sync(kAllLanes, end[i], 1);
-      const bool has_gap = ray.begin < k && k < ray.end;
-      if (team.lane == 0 && has_gap) {
+      if (!ray.has(k)) continue;
+      if (team.lane == 0 && k > ray.begin) {
         start_before = widen(all.t_starts[k - 1]);
         end_before = widen(all.t_ends[k - 1]);
       }
-      gap[i] = has_gap ? (start[i] - start_before) + (end[i] - end_before) : A(0);
+      if (k > ray.begin) gap[i] = (start[i] - start_before) + (end[i] - end_before);
       width[i] = end[i] - start[i];
     }
   }
@@ -73,7 +76,7 @@ struct Tile {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 1)
     packed_distortion_loss_fwd_kernel(int64_t R, int64_t P,
                                       const T* __restrict__ t_starts,       // [P]
                                       const T* __restrict__ t_ends,         // [P]
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 1)
     packed_distortion_loss_bwd_kernel(int64_t R, int64_t P,
                                       const accumulator<T>* __restrict__ d_loss,  // [R]
                                       const T* __restrict__ t_starts,             // [P]
