@@ -17,7 +17,7 @@ from .common import (
     empty_gradient,
     launch_packed,
     packed_rays,
-    zero_strays,
+    packed_values,
 )
 
 
@@ -42,11 +42,13 @@ def packed_distortion_loss_fwd_kernel(
     tl.store(loss_ptr + r, loss, mask=(r < R) & short)
     if tl.max(n, 0) > BLOCK_LONG:
         for i in range(BLOCK_R):
-            r = first + i + tl.arange(0, 1)
-            begin, n = packed_rays(offsets_ptr, r, R, P)
-            n = tl.where(n > BLOCK_LONG, n, 0)
-            loss = _losses(loss_ptr, t_starts_ptr, t_ends_ptr, w_ptr, begin, n, BLOCK_LONG)
-            tl.store(loss_ptr + r, loss, mask=n > 0)
+            one = first + i + tl.arange(0, 1)
+            begin_one, n_one = packed_rays(offsets_ptr, one, R, P)
+            n_one = tl.where(n_one > BLOCK_LONG, n_one, 0)
+            loss_one = _losses(
+                loss_ptr, t_starts_ptr, t_ends_ptr, w_ptr, begin_one, n_one, BLOCK_LONG
+            )
+            tl.store(loss_ptr + one, loss_one, mask=n_one > 0)
 
 
 @triton.jit
@@ -95,34 +97,27 @@ def packed_distortion_loss_bwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_LONG: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0).to(tl.int64)
-    if NEEDS_D_T_STARTS:
-        zero_strays(d_t_starts_ptr, offsets_ptr, program, programs, R, P, BLOCK_S)
-    if NEEDS_D_T_ENDS:
-        zero_strays(d_t_ends_ptr, offsets_ptr, program, programs, R, P, BLOCK_S)
-    if NEEDS_D_W:
-        zero_strays(d_w_ptr, offsets_ptr, program, programs, R, P, BLOCK_S)
-    first = program * BLOCK_R
+    # one ray less: the samples before offsets[0]
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R - 1
     r = first + tl.arange(0, BLOCK_R)
     begin, n = packed_rays(offsets_ptr, r, R, P)
     longest = tl.max(n, 0)
     n = tl.where(n <= BLOCK_LONG, n, 0)
-    d_loss = tl.load(d_loss_ptr + tl.minimum(r, R - 1))
+    d_loss = packed_values(d_loss_ptr, r, R)
     _gradients(
         d_t_starts_ptr, d_t_ends_ptr, d_w_ptr, kept_ptr, d_loss, t_starts_ptr, t_ends_ptr, w_ptr,
         begin, n, P, NEEDS_D_T_STARTS, NEEDS_D_T_ENDS, NEEDS_D_W, BLOCK_S, BLOCK_S,
     )  # fmt: skip
     if longest > BLOCK_LONG:
         for i in range(BLOCK_R):
-            r = first + i + tl.arange(0, 1)
-            begin, n = packed_rays(offsets_ptr, r, R, P)
-            n = tl.where(n > BLOCK_LONG, n, 0)
-            d_loss = tl.load(d_loss_ptr + tl.minimum(r, R - 1))
+            one = first + i + tl.arange(0, 1)
+            begin_one, n_one = packed_rays(offsets_ptr, one, R, P)
+            n_one = tl.where(n_one > BLOCK_LONG, n_one, 0)
+            d_loss_one = packed_values(d_loss_ptr, one, R)
             _gradients(
-                d_t_starts_ptr, d_t_ends_ptr, d_w_ptr, kept_ptr, d_loss, t_starts_ptr, t_ends_ptr,
-                w_ptr, begin, n, P, NEEDS_D_T_STARTS, NEEDS_D_T_ENDS, NEEDS_D_W, BLOCK_S,
-                BLOCK_LONG,
+                d_t_starts_ptr, d_t_ends_ptr, d_w_ptr, kept_ptr, d_loss_one, t_starts_ptr,
+                t_ends_ptr, w_ptr, begin_one, n_one, P, NEEDS_D_T_STARTS, NEEDS_D_T_ENDS,
+                NEEDS_D_W, BLOCK_S, BLOCK_LONG,
             )  # fmt: skip
 
 
@@ -237,7 +232,7 @@ def bwd(
     grads = tuple(empty_gradient(x, needs, i) for i, x in enumerate((t_starts, t_ends, w)))
     if R == 0:
         return tuple(grad.zero_() for grad in grads)
-    grid, tile = launch_packed(R, P, w.dtype)
+    grid, tile = launch_packed(R + 2, P, w.dtype)
     kept = d_loss.new_empty(2, P // tile["BLOCK_S"] + 1)
     packed_distortion_loss_bwd_kernel[grid](
         *grads,
