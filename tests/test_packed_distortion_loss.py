@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rayfuse
+import simt
 from conftest import BACKENDS, EMULATED, device_of
 from contract import PackedContract
 from rayfuse import backend
@@ -29,6 +30,10 @@ class TestPackedDistortionLoss(PackedContract):
     sizes = tuple({"P": P} for P in (0, 1, 2, 3, 5, 8, 15, 17, 33, 64, 130))
     typical = {"P": 19}
     gpu_sizes = ({"P": 64}, {"P": 1000})
+    gpu_spills = {
+        "packed_distortion_loss_bwd_kernel": "on gfx942 scalar registers (masks of ragged tiles), "
+        "into lanes of vector registers and not into memory"
+    }
 
     def test_reference_is_the_pairwise_definition(self):
         for P in (1, 2, 7, 40):
@@ -110,6 +115,20 @@ class TestPackedDistortionLoss(PackedContract):
                 with rayfuse.use_backend(name):
                     got = self.call([t_starts, t_ends, w, offsets], reduction="none").double()
                 assert ((got - exact).abs() <= 1e-5 * scale + 1e-30).all(), name
+
+    @pytest.mark.skipif(simt.reason() is not None, reason=str(simt.reason()))
+    @pytest.mark.parametrize("P", [30, 64, 1000])
+    def test_one_launch_moves_whole_sectors_wherever_rays_begin(self, P):
+        executor = simt.load()
+        executor.reset()
+        with rayfuse.use_backend("simt"):
+            self.gradients(self.inputs((16,), P=P))
+        counters = executor.counters()
+        executor.reset()
+        assert len(counters) == 2
+        for kernel, found in counters.items():
+            assert found["launches"] == 1
+            assert found["sectors"] <= 1.1 * found["ideal_sectors"], kernel
 
     def test_debug_finds_intervals_out_of_order(self):
         args = self.inputs()
