@@ -134,6 +134,18 @@ void store(T* p, vec<accumulator<T>> x) {
   for (int i = 0; i < kLanes<accumulator<T>>; ++i) p[i] = narrow<T>(x[i]);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first n lanes.
+template <class A>
+__m256i first_lanes(int64_t n) {
+  if constexpr (sizeof(A) == 8) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 template <class T>
 vec<accumulator<T>> load(const T* p, int64_t n) {
 #if defined(__AVX512F__)
@@ -142,6 +154,13 @@ vec<accumulator<T>> load(const T* p, int64_t n) {
   }
   if constexpr (std::is_same_v<T, double>) {
     return (vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    return (vec<float>)_mm256_maskload_ps(p, first_lanes<float>(n));
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    return (vec<double>)_mm256_maskload_pd(p, first_lanes<double>(n));
   }
 #endif
   T lanes[kLanes<accumulator<T>>] = {};
@@ -157,6 +176,13 @@ void store(T* p, vec<accumulator<T>> x, int64_t n) {
   }
   if constexpr (std::is_same_v<T, double>) {
     return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)x);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm256_maskstore_ps(p, first_lanes<float>(n), (__m256)x);
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    return _mm256_maskstore_pd(p, first_lanes<double>(n), (__m256d)x);
   }
 #endif
   for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(x[i]);
