@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -354,3 +354,15 @@ class Bench:
             for name, turn in turns.items():
                 over = (turn.median - kernel) * 1e3
                 report.add(report.Row(self.stem, table, direction, name, ms=over))
+
+
+class PackedBench(Bench):
+    """The bench of an op on packed rays: the leading dimension of a workload is a number of rays,
+    and a size P the samples of each on average."""
+
+    def inputs(self, workload: Workload) -> dict[str, Tensor]:
+        return super().inputs(replace(workload, leading=(), sizes=self._sizes(workload)))
+
+    def _sizes(self, workload: Workload) -> dict[str, int]:
+        R = math.prod(workload.leading)
+        return {**workload.sizes, "R": R, "P": R * workload.sizes["P"]}

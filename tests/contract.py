@@ -6,6 +6,7 @@ inputs come from the op's own spec.
 
 import contextlib
 import itertools
+import math
 import re
 
 import pytest
@@ -351,7 +352,7 @@ class Contract:
     def test_result_is_the_same_to_the_bit_for_any_number_of_threads(self, forced_backend, device):
         threads = torch.get_num_threads()
         # so many rays that torch's own sum of them depends on the number of threads
-        for rays in (1_003,) if forced_backend in EMULATED else (100_003, 200_003):
+        for rays in (203,) if forced_backend in EMULATED else (100_003, 200_003):
             args = self.inputs((rays,), device=device, **self.sizes[2])
             d_outputs = self.d_outputs(args)
             results = []
@@ -477,24 +478,29 @@ class Contract:
         """(message, exception, arguments by position) of what everybody gets wrong."""
         args = self.required(self.inputs(device=device))
         arrays = self.required(self.spec.signature.inputs)
-        first, name, last = arrays[0].name, arrays[-1].name, args[-1]
+        at = self.floating(args)[-1]
+        first, name, last = arrays[0].name, arrays[at].name, args[at]
         yield f"{first} must be a tensor, got list", TypeError, [[0.0], *args[1:]]
         yield f"{first} must be float32, float64", TypeError, [x.long() for x in args]
         yield f"{first} must have shape", ValueError, [torch.zeros((), device=device), *args[1:]]
         yield "missing a required argument", TypeError, args[:-1]
         yield "too many positional arguments", TypeError, [*args, args[0]]
-        if len(args) == 1:
+        if at == 0:
             return
+
+        def instead(x):
+            return [*args[:at], x, *args[at + 1 :]]
+
         narrow = ", or bfloat16 or float16" if name in self.spec.narrow else ""
         rule = f"{name} must be float32 like {first}{narrow}, got float64"
-        yield rule, TypeError, [*args[:-1], last.double()]
-        yield f"{name} must be on {device}", ValueError, [*args[:-1], last.to("meta")]
-        yield f"{name} must have shape", ValueError, [*args[:-1], last[:3]]
-        known = {letter for array in arrays[:-1] for letter, _ in array.dims}
-        for k, (letter, _) in enumerate(arrays[-1].dims):
+        yield rule, TypeError, instead(last.double())
+        yield f"{name} must be on {device}", ValueError, instead(last.to("meta"))
+        yield f"{name} must have shape", ValueError, instead(last[:3])
+        known = {letter for array in arrays[:at] for letter, _ in array.dims}
+        for k, (letter, _) in enumerate(arrays[at].dims):
             if letter is None or letter in known:
-                short = last.narrow(k - len(arrays[-1].dims), 0, 1)
-                yield f"{name} must have shape", ValueError, [*args[:-1], short]
+                short = last.narrow(k - len(arrays[at].dims), 0, 1)
+                yield f"{name} must have shape", ValueError, instead(short)
 
     def test_errors_name_the_argument_the_rule_and_the_value(self, forced_backend, device):
         for message, error, args in self.bad_calls(device):
@@ -509,8 +515,9 @@ class Contract:
         args = self.inputs(device=device)
         fwd = getattr(torch.ops.rayfuse, self.spec.name)
         bwd = getattr(torch.ops.rayfuse, f"{self.spec.name}_bwd")
-        if len(args) > 1:
-            short = [*args[:-1], args[-1][:3]]
+        at = self.floating(args)[-1]
+        if at > 0:
+            short = [*args[:at], args[at][:3], *args[at + 1 :]]
             variant = {k: v for k, v in self.variants[0].items() if v is not None}
             with pytest.raises(ValueError, match="must have shape"):
                 fwd(*self.spec.raw_arguments(short, **variant))
@@ -550,3 +557,159 @@ class Contract:
         named = {**dict(zip(self.spec.inputs, args, strict=True)), **self.variants[0]}
         got, want = type(self).op(**named), self.call(args)
         assert all(map(torch.equal, as_tuple(got), as_tuple(want)))
+
+
+class PackedContract(Contract):
+    """The same for ops on packed rays, whose last input is `offsets`: the leading dimensions are a
+    number of rays, and a size P the samples of each on average."""
+
+    def inputs(self, leading=None, dtype=torch.float32, device="cpu", seed=0, **sizes):
+        R = math.prod(self.leading if leading is None else leading)
+        sizes = sizes or self.typical
+        args = self.spec.sample((), dtype, seed, **{**sizes, "R": R, "P": R * sizes["P"]})
+        return [x.to(device) for x in args]
+
+    def rays(self, args, first, last):
+        """Some of the rays alone."""
+        begin, end = args[-1][first], args[-1][last]
+        return [*(x[begin:end] for x in args[:-1]), args[-1][first : last + 1] - begin]
+
+    def longest(self, args):
+        """A ray, and where its samples are."""
+        r = args[-1].diff().argmax().item()
+        return r, slice(args[-1][r], args[-1][r + 1])
+
+    def bad_calls(self, device):
+        yield from super().bad_calls(device)
+        args = self.inputs(device=device)
+        offsets = args[-1]
+        yield "offsets must be int64, got int32", TypeError, [*args[:-1], offsets.int()]
+        yield "offsets must have shape [R+1]", ValueError, [*args[:-1], offsets[None]]
+        yield "offsets must have shape [R+1]", ValueError, [*args[:-1], offsets[:0]]
+
+    def bad_offsets(self, args):
+        P = len(args[0])
+        for place, value in ((0, 1), (0, -1), (3, P + 1), (3, -1), (-1, P - 1), (-1, 1 << 62)):
+            offsets = args[-1].clone()
+            offsets[place] = value
+            yield offsets
+        yield args[-1].flip(0)
+        yield args[-1][:1]
+        yield torch.tensor([P, -P, 1 << 62, -(1 << 62), P // 2, 0, P, 1], device=args[-1].device)
+
+    def test_bad_offsets_are_named_where_they_can_be_seen_and_never_lead_out_of_bounds(
+        self, forced_backend, device
+    ):
+        args = self.leaves(self.inputs(device=device))
+        wanted = [args[i] for i in self.differentiable()]
+        message = "offsets must rise from 0 to the number of samples, got"
+        for offsets in self.bad_offsets(args):
+            with rayfuse.debug(), pytest.raises(ValueError, match=message):
+                self.call([*args[:-1], offsets])
+            if forced_backend == "ref" or forced_backend.startswith("cpu"):
+                with pytest.raises(ValueError, match=message):
+                    self.call([*args[:-1], offsets])
+                continue
+            outputs = self.outputs([*args[:-1], offsets])
+            poison = [torch.full_like(x, torch.nan) for x in (*wanted, *outputs)]
+            del poison
+            grads = torch.autograd.grad(outputs, wanted, list(map(torch.ones_like, outputs)))
+            assert all(torch.isfinite(x).all() for x in (*outputs, *grads))
+
+    def test_empty_rays_anywhere_change_nothing(self, forced_backend, device):
+        args = self.inputs(device=device)
+        offsets = args[-1][args[-1].diff(prepend=args[-1].new_tensor([-1])) > 0]
+        with_empty = offsets.repeat_interleave(3)[1:]
+        lengths = offsets.diff()
+        d_outputs = self.d_outputs([*args[:-1], offsets])
+        spread = [torch.zeros(3 * len(lengths) + 1, *y.shape[1:]).to(y) for y in d_outputs]
+        filled = with_empty.diff() > 0
+        for y, d_y in zip(spread, d_outputs, strict=True):
+            y[filled] = d_y
+        want, grads = self.gradients([*args[:-1], offsets], d_outputs)
+        got, same = self.gradients([*args[:-1], with_empty], spread)
+        # not to the bit: how GPUs cut rays into tiles depends on how long they are on average
+        for ours, right in zip((*(y[filled] for y in got), *same), (*want, *grads), strict=True):
+            torch.testing.assert_close(ours, right)
+        assert all((y[~filled] == 0).all() for y in got)
+
+    def test_one_long_ray_beside_many_short_ones(self, forced_backend, device):
+        long, many = (4_100, 40) if forced_backend in EMULATED else (1_000_000, 1_000_000)
+        lengths = torch.ones(many + 1, dtype=torch.int64)
+        lengths[many // 2] = long
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        args = self.spec.sample((), R=many + 1, P=many + long)
+        args = [*args[:-1], offsets]
+        if "t_starts" in self.spec.inputs:
+            # in the order of the samples, whichever rays they were drawn for
+            at = self.spec.inputs.index("t_starts")
+            ends = torch.arange(1, many + long + 1) / long
+            args[at : at + 2] = ends - 0.75 / long, ends
+        args = [x.to(device) for x in args]
+        self.assert_as_right_as_torch(args)
+
+    def test_micro_batches_with_a_denominator_add_up_to_the_batch(self, forced_backend, device):
+        args = self.inputs((6,), torch.float64, device)
+        whole, grads = self.gradients_of_objective(args)
+        parts = [
+            self.gradients_of_objective(self.rays(args, *part), denominator=6)
+            for part in ((0, 1), (1, 6))
+        ]
+        torch.testing.assert_close(sum(value for value, _ in parts), whole)
+        for pieces, full in zip(zip(*(g for _, g in parts), strict=True), grads, strict=True):
+            torch.testing.assert_close(torch.cat(pieces), full)
+
+    def test_expanded_inputs_and_gradients_are_read_right(self, forced_backend, device):
+        args = self.inputs(dtype=torch.float64, device=device)
+        for i in self.differentiable():
+            expanded = [*args]
+            expanded[i] = args[i][:1].expand_as(args[i])
+            outputs = self.outputs(self.leaves(args))
+            d_outputs = [y.detach()[:1].expand_as(y) for y in outputs]
+            dense = [x.clone() for x in expanded]
+            want = self.gradients(dense, [d_y.clone() for d_y in d_outputs])
+            expanded[i].requires_grad_()
+            self.assert_equal(self.gradients(expanded, d_outputs), want)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+    def test_bad_value_stays_in_its_own_ray(self, forced_backend, device, bad):
+        clean = self.inputs((9,), device=device)
+        d_outputs = self.d_outputs(clean)
+        want = self.gradients(clean, d_outputs)
+        r, samples = self.longest(clean)
+        for i in self.floating(clean):
+            for place in (samples.start, (samples.start + samples.stop) // 2, samples.stop - 1):
+                args = [x.clone() for x in clean]
+                args[i][place] = bad
+                got = self.gradients(args, d_outputs)
+                for ours, right in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+                    # of a ray, or of a sample
+                    own = slice(r, r + 1) if len(ours) == 9 else samples
+                    assert torch.equal(ours[: own.start], right[: own.start])
+                    assert torch.equal(ours[own.stop :], right[own.stop :])
+
+    def test_nan_comes_out_as_nan(self, forced_backend, device):
+        clean = self.inputs(device=device)
+        r, samples = self.longest(clean)
+        for i in self.differentiable():
+            args = [x.clone() for x in clean]
+            args[i][samples.start + 1] = torch.nan
+            nans = [y.reshape(len(y), -1).isnan().any(1) for y in self.outputs(args)]
+            assert torch.stack(nans).any(0).nonzero().tolist() == [[r]], self.spec.inputs[i]
+
+    def test_vmap_is_one_more_leading_dimension(self, forced_backend, device):
+        """Batches may be of any lengths, and have no common shape: they are concatenated."""
+        args = self.inputs(device=device)
+        batch = [torch.stack([x, x]) for x in args]
+        raw = getattr(torch.ops.rayfuse, self.spec.name)
+        for call in (lambda *a: self.call(a), lambda *a: raw(*self.spec.raw_arguments(a))):
+            with pytest.raises(NotImplementedError, match="vmap needs leading dimensions"):
+                torch.vmap(call)(*batch)
+
+    def test_torch_func_gives_the_gradients_of_autograd(self, forced_backend, device):
+        args = self.inputs(dtype=torch.float64, device=device)
+        wanted = tuple(self.differentiable())
+        grads = torch.func.grad(lambda *a: self.objective(a), wanted)(*args)
+        _, want = self.gradients_of_objective(args)
+        for ours, right in zip(grads, want, strict=True):
+            torch.testing.assert_close(ours, right)

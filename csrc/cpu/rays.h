@@ -121,7 +121,7 @@ class Delay {
   vec<A> end_;
 };
 
-// So many blocks add up in one level; longer rays take two, so that 2^16 samples lose no more to
+// So many blocks add up in one level; longer rays take two, so that 2^20 samples lose no more to
 // rounding than a few hundred do. The second level costs a tenth of the time at 48 samples.
 constexpr int kBlocksInLevel = 128;
 
@@ -138,13 +138,14 @@ class LevelledSum {
     fold(near_);
     near_ += x;
   }
-  // Goes on from `lane`, which held the sum of the last block; x are the sums inside the next one.
+  // Goes on from `lane`, and as many as there are rays, which held the sums of the last block; x
+  // are the sums inside the next one.
   // Returns the sums up to each lane of the last block and of this one, both without far().
-  template <int lane>
+  template <int lane, int rays = kRays<A>>
   std::pair<vec<A>, vec<A>> go_on(vec<A> x) {
-    fold(repeat_lane<lane>(near_));
+    fold(repeat<lane, rays>(near_));
     const vec<A> last = near_;
-    near_ = x + repeat_lane<lane>(near_);
+    near_ = x + repeat<lane, rays>(near_);
     return {last, near_};
   }
   vec<A> with_far(vec<A> x) const { return long_rays ? far_ + x : x; }
@@ -153,12 +154,15 @@ class LevelledSum {
  private:
   void fold(vec<A> near) {
     if (!long_rays || terms_++ < kBlocksInLevel) return;
-    far_ += near;
+    // what the sum rounds off is added with the next term
+    const vec<A> term = near - lost_, sum = far_ + term;
+    lost_ = (sum - far_) - term;
+    far_ = sum;
     near_ = vec<A>{};
     terms_ = 1;
   }
 
-  vec<A> near_ = {}, far_ = {};
+  vec<A> near_ = {}, far_ = {}, lost_ = {};
   int terms_ = 0;
 };
 

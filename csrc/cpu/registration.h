@@ -4,6 +4,9 @@
 #include "rays.h"
 #include "../common.h"
 
+#include <stdexcept>
+#include <string>
+
 // Every instruction set has a namespace of its own, so that all can be loaded at once.
 #define RAYFUSE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(RAYFUSE_NAMESPACE, CPU, m)
 
@@ -29,5 +32,55 @@ void for_rays(int64_t rays, int64_t samples_per_ray, const F& f) {
       0, (rays + K - 1) / K, std::max<int64_t>(grain, 1),
       [&](int64_t begin, int64_t end) { f(begin * K, std::min(end * K, rays)); });
 }
+
+// R packed rays with P samples, and how threads share them.
+class PackedRays {
+ public:
+  const int64_t* const offsets;  // [R+1]
+  const int64_t R;
+
+  // Here a look at all offsets costs no synchronisation, and wrong ones would lead out of bounds.
+  PackedRays(const std::string& op, const Tensor& offsets_, int64_t P)
+      : offsets(data<int64_t>(offsets_)), R(offsets_.numel() - 1), work_(P + R * kRayWork) {
+    bool rising = offsets[0] == 0 && offsets[R] == P;
+    for (int64_t r = 0; r < R; ++r) rising &= offsets[r] <= offsets[r + 1];
+    for (int64_t i = 0; !rising; ++i) {
+      const int64_t least = i ? offsets[i - 1] : 0, got = offsets[i];
+      if (got < least || got > P || (i == 0 && got != 0) || (i == R && got != P)) {
+        throw std::runtime_error(op + ": offsets must rise from 0 to the number of samples, got " +
+                                 std::to_string(got) + " at [" + std::to_string(i) + "]");
+      }
+    }
+  }
+
+  // Calls f(first ray, last ray + 1) on torch's threads, for about as much work each; rays are not
+  // divided.
+  template <class F>
+  void for_each_piece(const F& f) const {
+    torch::stable::parallel_for(0, work_, 1 << 14, [&](int64_t begin, int64_t end) {
+      f(first_from(begin), first_from(end));
+    });
+  }
+
+ private:
+  // A ray costs as much as this many samples before it has any.
+  static constexpr int64_t kRayWork = 32;
+
+  // The first ray that begins at or after so much work.
+  int64_t first_from(int64_t work) const {
+    int64_t begin = 0, end = R;
+    while (begin < end) {
+      const int64_t r = begin + (end - begin) / 2;
+      if (offsets[r] + r * kRayWork < work) {
+        begin = r + 1;
+      } else {
+        end = r;
+      }
+    }
+    return begin;
+  }
+
+  const int64_t work_;
+};
 
 }  // namespace rayfuse

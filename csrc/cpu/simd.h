@@ -134,6 +134,18 @@ void store(T* p, vec<accumulator<T>> x) {
   for (int i = 0; i < kLanes<accumulator<T>>; ++i) p[i] = narrow<T>(x[i]);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first n lanes.
+template <class A>
+__m256i first_lanes(int64_t n) {
+  if constexpr (sizeof(A) == 8) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 template <class T>
 vec<accumulator<T>> load(const T* p, int64_t n) {
 #if defined(__AVX512F__)
@@ -142,6 +154,13 @@ vec<accumulator<T>> load(const T* p, int64_t n) {
   }
   if constexpr (std::is_same_v<T, double>) {
     return (vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    return (vec<float>)_mm256_maskload_ps(p, first_lanes<float>(n));
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    return (vec<double>)_mm256_maskload_pd(p, first_lanes<double>(n));
   }
 #endif
   T lanes[kLanes<accumulator<T>>] = {};
@@ -157,6 +176,13 @@ void store(T* p, vec<accumulator<T>> x, int64_t n) {
   }
   if constexpr (std::is_same_v<T, double>) {
     return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)x);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm256_maskstore_ps(p, first_lanes<float>(n), (__m256)x);
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    return _mm256_maskstore_pd(p, first_lanes<double>(n), (__m256d)x);
   }
 #endif
   for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(x[i]);
@@ -198,13 +224,48 @@ V shift_down(V x) {
   return window<places>(x, V{});
 }
 
+// Lanes first .. first + count, over and over.
+template <int first, int count, class V>
+V repeat(V x) {
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(x, x, (first + i % count)...);
+  }(std::make_integer_sequence<int, kLanesOf<V>>());
+}
+
 // The 128-bit lane that starts at lane `first`, in every 128-bit lane.
 template <int first, class V>
 V repeat_lane(V x) {
-  constexpr int k = 16 / sizeof(std::declval<V>()[0]);
+  return repeat<first, 16 / sizeof(std::declval<V>()[0])>(x);
+}
+
+// Values move up by a number of places inside their 128-bit lane, or down by a negative one; zeros
+// come in.
+template <int places, class V>
+V shift_inside(V x) {
+  constexpr int kBytes = places * int{sizeof(std::declval<V>()[0])};
+#if defined(__AVX512F__)
+  if constexpr (kBytes > 0) return (V)_mm512_bslli_epi128((__m512i)x, kBytes);
+  if constexpr (kBytes < 0) return (V)_mm512_bsrli_epi128((__m512i)x, -kBytes);
+#elif defined(__AVX2__)
+  if constexpr (kBytes > 0) return (V)_mm256_slli_si256((__m256i)x, kBytes);
+  if constexpr (kBytes < 0) return (V)_mm256_srli_si256((__m256i)x, -kBytes);
+#else
+  if constexpr (kBytes > 0) return shift_up<places>(x);
+  if constexpr (kBytes < 0) return shift_down<-places>(x);
+#endif
+}
+
+// Each 128-bit lane filled with the last value of the one so many before it, or with the first
+// value of the one so many after it if their number is negative; 0 where there is none.
+template <int lanes, class V>
+V carry_from(V x) {
+  constexpr int n = kLanesOf<V>, k = 16 / sizeof(std::declval<V>()[0]);
   return [&]<int... i>(std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(x, x, (first + i % k)...);
-  }(std::make_integer_sequence<int, kLanesOf<V>>());
+    return __builtin_shufflevector(x, V{},
+                                   (i / k - lanes < 0 || i / k - lanes >= n / k
+                                        ? n
+                                        : (i / k - lanes) * k + (lanes > 0 ? k - 1 : 0))...);
+  }(std::make_integer_sequence<int, n>());
 }
 
 // Within each 128-bit lane, the low or high halves of a and b, taken in turn `unit` values at a

@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -198,12 +199,22 @@ class Chosen(NamedTuple):
     def run_fwd(self, args: Sequence[Any]) -> Any:
         """Kernels read contiguous memory: here is where that is seen to."""
         _local.last = self.name
-        return self.fwd(*map(_contiguous, args))
+        return _with_value_errors(self.fwd, args)
 
     def run_bwd(self, args: Sequence[Any], needs: int) -> Any:
         """The gradients of the inputs, empty where `needs` has no bit."""
         _local.last = self.name
-        return self.bwd(*map(_contiguous, args), needs)
+        return _with_value_errors(self.bwd, (*args, needs))
+
+
+def _with_value_errors(kernel: Kernel, args: Sequence[Any]) -> Any:
+    """Torch's C interface knows one kind of error, a RuntimeError here."""
+    try:
+        return kernel(*map(_contiguous, args))
+    except RuntimeError as error:
+        if re.match(r"\w+: \w+ must ", str(error)):
+            raise ValueError(*error.args) from None
+        raise
 
 
 def _contiguous(x: Any) -> Any:
