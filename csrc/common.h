@@ -76,6 +76,13 @@ inline std::vector<int64_t> leading_sizes(const Tensor& x, int trailing) {
   return {sizes.begin(), sizes.end() - trailing};
 }
 
+// How many rays x holds.
+inline int64_t count_rays(const Tensor& x, int trailing) {
+  int64_t rays = 1;
+  for (const int64_t size : leading_sizes(x, trailing)) rays *= size;
+  return rays;
+}
+
 // The gradient of x, uninitialised, or an empty tensor where bit `i` of `needs` is not set.
 inline Tensor empty_gradient(const Tensor& x, int64_t needs, int i) {
   const auto sizes = x.sizes();

@@ -134,6 +134,18 @@ void store(T* p, vec<accumulator<T>> x) {
   for (int i = 0; i < kLanes<accumulator<T>>; ++i) p[i] = narrow<T>(x[i]);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first n lanes.
+template <class A>
+__m256i first_lanes(int64_t n) {
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> integer;
+  typedef integer lanes __attribute__((vector_size(kVectorBytes)));
+  lanes lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return (__m256i)(lane < static_cast<integer>(n));
+}
+#endif
+
 template <class T>
 vec<accumulator<T>> load(const T* p, int64_t n) {
 #if defined(__AVX512F__)
@@ -142,6 +154,17 @@ vec<accumulator<T>> load(const T* p, int64_t n) {
   }
   if constexpr (std::is_same_v<T, double>) {
     return (vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+  }
+  if constexpr (sizeof(T) == 2) {
+    const auto bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+    return load(reinterpret_cast<const T*>(&bits));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    return (vec<float>)_mm256_maskload_ps(p, first_lanes<float>(n));
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    return (vec<double>)_mm256_maskload_pd(p, first_lanes<double>(n));
   }
 #endif
   T lanes[kLanes<accumulator<T>>] = {};
@@ -157,6 +180,20 @@ void store(T* p, vec<accumulator<T>> x, int64_t n) {
   }
   if constexpr (std::is_same_v<T, double>) {
     return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)x);
+  }
+  if constexpr (sizeof(T) == 2) {
+    T lanes[kLanes<float>];
+    store(lanes, x);
+    __m256i bits;
+    std::memcpy(&bits, lanes, sizeof bits);
+    return _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bits);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm256_maskstore_ps(p, first_lanes<float>(n), (__m256)x);
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    return _mm256_maskstore_pd(p, first_lanes<double>(n), (__m256d)x);
   }
 #endif
   for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(x[i]);
@@ -220,6 +257,30 @@ V window(V low, V high) {
   return [&]<int... i>(std::integer_sequence<int, i...>) {
     return __builtin_shufflevector(low, high, (i + from)...);
   }(std::make_integer_sequence<int, kLanesOf<V>>());
+}
+
+// Lane i of the result is lane index[i] of x.
+template <class A>
+struct index_of {
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> integer;
+  typedef integer type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using lane_index = typename index_of<A>::type;
+
+template <class V, class I>
+V permute(V x, I index) {
+#if defined(__AVX512F__)
+  if constexpr (kLanesOf<V> == 16) return (V)_mm512_permutexvar_epi32((__m512i)index, (__m512i)x);
+  if constexpr (kLanesOf<V> == 8) return (V)_mm512_permutexvar_epi64((__m512i)index, (__m512i)x);
+#elif defined(__AVX2__)
+  if constexpr (kLanesOf<V> == 8) {
+    return (V)_mm256_permutevar8x32_epi32((__m256i)x, (__m256i)index);
+  }
+#endif
+  V out;
+  for (int i = 0; i < kLanesOf<V>; ++i) out[i] = x[index[i]];
+  return out;
 }
 
 // Lanes move up, or down, by a number of places; zeros come in.
