@@ -71,8 +71,9 @@ class Padded {
   std::vector<A> values_;
 };
 
-// So many samples add up in one level: their rounding errors grow along the ray.
-constexpr int64_t kSamplesInLevel = 512;
+// So many terms add up in one level, and what the levels hold in a second one: rounding errors grow
+// with the length of a sum.
+constexpr int64_t kInLevel = 64;
 
 template <class T>
 class RayFeatures {
@@ -95,8 +96,8 @@ class RayFeatures {
   // sum = sum_s w_s f_s
   void add_up(const T* f) {  // [S, C]
     sum.clear();
-    for (int64_t begin = 0; begin < S_; begin += kSamplesInLevel) {
-      const int64_t end = std::min(begin + kSamplesInLevel, S_);
+    for (int64_t begin = 0; begin < S_; begin += kInLevel) {
+      const int64_t end = std::min(begin + kInLevel, S_);
       near_.clear();
       if (is_packed()) {
         add_packed(begin, end, f);
@@ -131,24 +132,29 @@ class RayFeatures {
   void add_rows(int64_t s, const T* f) {
     f += s * C_;
     for_registers<A>(C_, [&](int64_t c, auto n) {
-      vec<A> x = w[s] * load(f + c, n);
-      for (int i = 1; i < rows; ++i) x += w[s + i] * load(f + i * C_ + c, n);
-      store(near_ + c, load(near_ + c) + x);
+      vec<A> x = load(near_ + c);
+      for (int i = 0; i < rows; ++i) x += w[s + i] * load(f + i * C_ + c, n);
+      store(near_ + c, x);
     });
   }
 
   template <int rows, bool with_d_w, bool with_d_f>
   void spread_rows(int64_t s, const A* g, const T* f, T* d_f) {
     f += s * C_, d_f += s * C_;
-    Block<A> dot = {};
-    for_registers<A>(C_, [&](int64_t c, auto n) {
-      const vec<A> g_c = load(g + c, n);
-      for (int i = 0; i < rows; ++i) {
-        if (with_d_w) dot.column[i] += g_c * load(f + i * C_ + c, n);
-        if (with_d_f) store(d_f + i * C_ + c, w[s + i] * g_c, n);
-      }
-    });
-    if (with_d_w) store(d_w + s, sum_samples<A>(sum_columns(transpose(dot))));
+    Block<A> total = {};
+    for (int64_t begin = 0; begin < C_; begin += kInLevel * kLanes<A>) {
+      Block<A> dot = {};
+      for_registers<A>(std::min(C_ - begin, kInLevel * kLanes<A>), [&](int64_t i, auto n) {
+        const int64_t c = begin + i;
+        const vec<A> g_c = load(g + c, n);
+        for (int i = 0; i < rows; ++i) {
+          if (with_d_w) dot.column[i] += g_c * load(f + i * C_ + c, n);
+          if (with_d_f) store(d_f + i * C_ + c, w[s + i] * g_c, n);
+        }
+      });
+      total = total + dot;
+    }
+    if (with_d_w) store(d_w + s, sum_samples<A>(sum_columns(transpose(total))));
   }
 
   // Calls f(s, n) for the samples of each register, n of whose lanes belong to the ray.
