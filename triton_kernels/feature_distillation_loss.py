@@ -76,7 +76,7 @@ def fwd(w: Tensor, f: Tensor, target: Tensor) -> Tensor:
     S, C = f.shape[-2:]
     loss = w.new_empty(w.shape[:-1], dtype=accumulator(w.dtype))
     R = loss.numel()
-    grid, tile = launch(R, S, C)
+    grid, tile = launch(R, S, C, w.dtype)
     feature_distillation_loss_fwd_kernel[grid](loss, w, f, target, R, S, C, **tile)
     return loss
 
@@ -87,7 +87,7 @@ def bwd(
     S, C = f.shape[-2:]
     d_w, d_f, d_target = (empty_gradient(x, needs, i) for i, x in enumerate((w, f, target)))
     R = d_loss.numel()
-    grid, tile = launch(R, S, C)
+    grid, tile = launch(R, S, C, w.dtype)
     feature_distillation_loss_bwd_kernel[grid](
         d_w,
         d_f,

@@ -6,16 +6,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import accumulator, empty_gradient
 
-# 32 values a thread: four rows of 1024 channels, so that their reduction shares its barriers
-_TILE = 4096
-_OF_A_WARP = 1024
+_WARPS = 4
 _MAX_WARPS = 16
+# bytes in the accumulator's type. 128 a thread: four rows of 1024 channels share the barriers of
+# their reduction
+_OF_A_WARP = 4096
+# fewer of short rows, whose values have an address each: 3 channels took 190 registers (sm_90), and
+# spilled (gfx942)
+_SHORT_ROW = 32
+_OF_A_WARP_SHORT = 1024
 
 
 @triton.jit
@@ -105,12 +111,13 @@ def spread(
     for start in range(0, S, BLOCK_S):
         row, sample, value = _places(r, c, start, R, S, C, BLOCK_S)
         places = (row * C)[:, :, None] + c[None, None, :]
-        if NEEDS_D_W:
-            f = tl.load(f_ptr + places, mask=value, other=0.0).to(g.dtype)
-            tl.store(d_w_ptr + row, tl.sum(g[:, None, :] * f, 2), mask=sample)
+        # the other way round ptxas spills for sm_100
         if NEEDS_D_F:
             w = tl.load(w_ptr + row, mask=sample, other=0.0).to(g.dtype)
             tl.store(d_f_ptr + places, w[:, :, None] * g[:, None, :], mask=value)
+        if NEEDS_D_W:
+            f = tl.load(f_ptr + places, mask=value, other=0.0).to(g.dtype)
+            tl.store(d_w_ptr + row, tl.sum(g[:, None, :] * f, 2), mask=sample)
 
 
 @triton.jit
@@ -121,12 +128,15 @@ def _places(r, c, start, R, S, C, BLOCK_S: tl.constexpr):
     return (r * S)[:, None] + s[None, :], sample, sample[:, :, None] & (c < C)[None, None, :]
 
 
-def launch(R: int, S: int, C: int) -> tuple[tuple[int], dict[str, Any]]:
+def launch(R: int, S: int, C: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the tile with its options."""
     block_c = triton.next_power_of_2(max(C, 1))
-    block_s = max(min(triton.next_power_of_2(max(S, 1)), _TILE // block_c), 1)
-    block_r = max(_TILE // (block_c * block_s), 1)
-    warps = min(max(block_r * block_s * block_c // _OF_A_WARP, 1), _MAX_WARPS)
+    of_a_warp = _OF_A_WARP_SHORT if block_c < _SHORT_ROW else _OF_A_WARP
+    of_a_warp //= accumulator(dtype).itemsize
+    size = _WARPS * of_a_warp
+    block_s = max(min(triton.next_power_of_2(max(S, 1)), size // block_c), 1)
+    block_r = max(size // (block_c * block_s), 1)
+    warps = min(block_r * block_s * block_c // of_a_warp, _MAX_WARPS)
     tile = {"BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_C": block_c}
     return (triton.cdiv(R, block_r),), {**tile, "num_warps": warps, "enable_fp_fusion": True}
 
@@ -135,7 +145,7 @@ def fwd(w: Tensor, f: Tensor) -> Tensor:
     S, C = f.shape[-2:]
     features = w.new_empty((*w.shape[:-1], C), dtype=accumulator(w.dtype))
     R = w.shape[:-1].numel()
-    grid, tile = launch(R, S, C)
+    grid, tile = launch(R, S, C, w.dtype)
     render_features_fwd_kernel[grid](features, w, f, R, S, C, **tile)
     return features
 
@@ -144,7 +154,7 @@ def bwd(d_features: Tensor, w: Tensor, f: Tensor, needs: int) -> tuple[Tensor, T
     S, C = f.shape[-2:]
     d_w, d_f = empty_gradient(w, needs, 0), empty_gradient(f, needs, 1)
     R = w.shape[:-1].numel()
-    grid, tile = launch(R, S, C)
+    grid, tile = launch(R, S, C, w.dtype)
     render_features_bwd_kernel[grid](
         d_w,
         d_f,
