@@ -2,7 +2,7 @@
 // One thread owns a few rays. Forward: one pass over f. Backward: one for F, which gives
 // g = d_loss 2/C (F - target), and one for d_w_s = <g, f_s>, d_f_s = w_s g while the ray's f is
 // still in cache (147 KB at 48 samples of 768 channels); d_target = -g.
-#include "features.h"
+#include "ray_features.h"
 
 namespace rayfuse {
 namespace {
@@ -62,7 +62,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t R, int64_t S, 
 }  // namespace
 }  // namespace rayfuse
 
-#include "features_registration.h"
+#include "ray_features_registration.h"
 
 namespace rayfuse {
 namespace {

@@ -1,7 +1,7 @@
 // Feature rendering: features = sum_s w_s f_s.
 // One thread owns a few rays. Forward: one pass over f. Backward: one more, or none where no
 // gradient to w is wanted: d_w_s = <d_features, f_s>, d_f_s = w_s d_features.
-#include "features.h"
+#include "ray_features.h"
 
 namespace rayfuse {
 namespace {
@@ -39,7 +39,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t R, int64_t S, 
 }  // namespace
 }  // namespace rayfuse
 
-#include "features_registration.h"
+#include "ray_features_registration.h"
 
 namespace rayfuse {
 namespace {

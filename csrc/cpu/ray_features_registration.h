@@ -1,7 +1,7 @@
 // From tensors of any element type to rows, included after the kernels of a file.
 #pragma once
 
-#include "features.h"
+#include "ray_features.h"
 #include "registration.h"
 
 namespace rayfuse {
