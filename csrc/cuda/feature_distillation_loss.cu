@@ -8,7 +8,7 @@ namespace rayfuse {
 namespace {
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     feature_distillation_loss_fwd_kernel(Shape shape,
                                          Values w,                // [R, S]
                                          const T* f,              // [R, S, C]
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads)
                                          accumulator<T>* wide,    // [R, C] or null
                                          accumulator<T>* loss) {  // [R]
   using A = accumulator<T>;
-  const Features<kThreads, T> rays(shape, w, f, wide);
+  Features<kThreads, T> rays(shape, w, f, wide);
   rays.add_up();
   rays.for_sums([&](int i, int) {
     const A off = rays.sums[i] - value_at<A>(target, rays.first * shape.C + i);
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     feature_distillation_loss_bwd_kernel(Shape shape,
                                          const accumulator<T>* d_loss,  // [R]
                                          Values w,                      // [R, S]
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
                                          T* d_f,                        // [R, S, C] or null
                                          MutableValues d_target) {      // [R, C]
   using A = accumulator<T>;
-  const Features<kThreads, T> rays(shape, w, f, wide);
+  Features<kThreads, T> rays(shape, w, f, wide);
   rays.add_up();
   rays.for_sums([&](int i, int) {
     const int64_t place = rays.first * shape.C + i;

@@ -151,7 +151,7 @@ class Features {
   }
 
   // sums = sum_s w_s f_s, for all threads.
-  __device__ void add_up() const {
+  __device__ void add_up() {
     const int C = shape_.C, all = shape_.sums();
     if (C == 0) return;
     for (int i = threadIdx.x; i < all; i += kThreads) sums[i] = 0;
@@ -182,7 +182,7 @@ class Features {
 
   // d_w_s = <g, f_s>, d_f_s = w_s g
   __device__ void spread(const A* g,  // [count, C]
-                         const MutableValues& d_w, T* d_f) const {
+                         const MutableValues& d_w, T* d_f) {
     for_tiles(d_w.data, [&](const Tile<A>& tile) {
       const int64_t row = first * shape_.S + tile.row;
       if (d_f) store_d_f(tile, g, d_f + row * shape_.C + tile.c);
@@ -221,7 +221,7 @@ class Features {
  private:
   // Calls body(tile) for all tiles, for all threads; without f where it is not wanted.
   template <class F>
-  __device__ void for_tiles(bool with_f, const F& body) const {
+  __device__ void for_tiles(bool with_f, const F& body) {
     const int64_t rows = count * shape_.S;
     for (int64_t row = 0; row < rows; row += shape_.samples) {
       Tile<A> tile = {
@@ -238,7 +238,7 @@ class Features {
         tile.channels = min(shape_.C - tile.c, kTileValues<A>);
         const T* const from = f_ + (first * shape_.S + row) * shape_.C + tile.c;
         A* const f_here = on_chip(f_chip_, from);
-        if (with_f) load(from, f_here, tile.rows * tile.channels);
+        if (with_f && !is_there_) load(from, f_here, tile.rows * tile.channels);
         tile.f = f_here;
         __syncthreads();
         body(tile);
@@ -246,6 +246,7 @@ class Features {
         tile.c += tile.channels;
       } while (tile.c < shape_.C);
     }
+    is_there_ = with_f && rows <= shape_.samples && shape_.C <= kTileValues<A>;
   }
 
   __device__ int ray_of(const Tile<A>& tile, int s) const {
@@ -276,6 +277,8 @@ class Features {
   const Values w_;
   const T* const f_;
   A *const w_chip_, *const d_w_chip_, *const f_chip_;
+  // the only tile
+  bool is_there_ = false;
 };
 
 }  // namespace rayfuse

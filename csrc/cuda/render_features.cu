@@ -8,26 +8,26 @@ namespace rayfuse {
 namespace {
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     render_features_fwd_kernel(Shape shape,
                                Values w,                    // [R, S]
                                const T* f,                  // [R, S, C]
                                accumulator<T>* features) {  // [R, C]
-  const Features<kThreads, T> rays(shape, w, f, features);
+  Features<kThreads, T> rays(shape, w, f, features);
   rays.add_up();
   if (shape.is_wide<accumulator<T>>()) return;
   rays.for_sums([&](int i, int) { features[rays.first * shape.C + i] = rays.sums[i]; });
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     render_features_bwd_kernel(Shape shape,
                                const accumulator<T>* d_features,  // [R, C]
                                Values w,                          // [R, S]
                                const T* f,                        // [R, S, C]
                                MutableValues d_w,                 // [R, S]
                                T* d_f) {                          // [R, S, C] or null
-  const Features<kThreads, T> rays(shape, w, f, nullptr);
+  Features<kThreads, T> rays(shape, w, f, nullptr);
   const auto* const g = d_features + rays.first * shape.C;
   const bool wide = shape.is_wide<accumulator<T>>();
   if (!wide) rays.for_sums([&](int i, int) { rays.sums[i] = g[i]; });
