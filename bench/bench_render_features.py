@@ -1,5 +1,5 @@
-"""render_features beside what people use: the product and sum of f3rm, a batched matrix product, and
-kernels fused by hand in numba."""
+"""render_features beside what people use: the product and sum of f3rm, a batched matrix product,
+and kernels fused by hand in numba."""
 
 from __future__ import annotations
 
