@@ -39,6 +39,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t R, int64_t S, 
 }  // namespace
 }  // namespace rayfuse
 
+#include "large_memory.h"
 #include "ray_features_registration.h"
 
 namespace rayfuse {
@@ -66,7 +67,7 @@ Tensor fwd(const Tensor& w, const Tensor& f) {
 std::tuple<Tensor, Tensor> bwd(const Tensor& d_features, const Tensor& w, const Tensor& f,
                                int64_t needs) {
   const int64_t S = f.size(-2), C = f.size(-1), R = count_rays(w, 1);
-  Tensor d_w = empty_gradient(w, needs, 0), d_f = empty_gradient(f, needs, 1);
+  Tensor d_w = empty_gradient(w, needs, 0), d_f = large_gradient(f, needs, 1);
   dispatch(f, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
