@@ -33,6 +33,7 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t R, int64_t S, int
 // Likewise.
 template <bool with_d_w, bool with_d_f, class T>
 RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t R, int64_t S, int64_t C,
+                              bool past_cache,
                               const accumulator<T>* d_loss,          // [R]
                               RowReader<accumulator<T>> w,           // [R, S]
                               const T* f,                            // [R, S, C]
@@ -41,7 +42,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t R, int64_t S, 
                               T* d_f,                                // [R, S, C]
                               RowWriter<accumulator<T>> d_target) {  // [R, C]
   using A = accumulator<T>;
-  RayFeatures<T> ray(S, C, f + R * S * C, d_f + end * S * C);
+  RayFeatures<T> ray(S, C, f + R * S * C, d_f + end * S * C, past_cache);
   Padded<A> g(C), d_target_r(C);
   for (int64_t r = begin; r < end; ++r) {
     w(r, S, ray.w);
@@ -98,11 +99,12 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& w, co
     const T* f_ptr = data<T>(f);
     const auto d_w_rows = mutable_rows<A>(d_w), d_target_rows = mutable_rows<A>(d_target);
     T* d_f_ptr = mutable_data<T>(d_f);
+    const bool past_cache = is_large(d_f);
     for_rays<A>(R, S * C, [=](int64_t begin, int64_t end) {
       as_constant(d_w_rows.data != nullptr, [=](auto with_d_w) {
         as_constant(d_f_ptr != nullptr, [=](auto with_d_f) {
-          gradients<with_d_w, with_d_f>(begin, end, R, S, C, d_loss_ptr, w_rows, f_ptr, target_rows,
-                                        d_w_rows, d_f_ptr, d_target_rows);
+          gradients<with_d_w, with_d_f>(begin, end, R, S, C, past_cache, d_loss_ptr, w_rows, f_ptr,
+                                        target_rows, d_w_rows, d_f_ptr, d_target_rows);
         });
       });
     });

@@ -68,11 +68,20 @@ class LargeMemory {
 };
 #endif
 
+// Whether the gradient of x goes where one was before.
+inline bool is_large(const Tensor& x) {
+#if defined(__linux__)
+  return x.numel() * x.element_size() >= LargeMemory::kBytes && torch_from_blob;
+#else
+  return false;
+#endif
+}
+
 // Like `empty_gradient`.
 inline Tensor large_gradient(const Tensor& x, int64_t needs, int i) {
 #if defined(__linux__)
-  const int64_t bytes = x.numel() * x.element_size();
-  if (needs >> i & 1 && bytes >= LargeMemory::kBytes && torch_from_blob) {
+  if (needs >> i & 1 && is_large(x)) {
+    const int64_t bytes = x.numel() * x.element_size();
     const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     std::vector<int64_t> strides(sizes.size());
     int64_t stride = 1;

@@ -81,8 +81,19 @@ class RayFeatures {
   using A = accumulator<T>;
 
   // All that is read lies before f_end, and all that is written before d_f_end.
-  RayFeatures(int64_t S, int64_t C, const T* f_end, const T* d_f_end = nullptr)
-      : w(S), d_w(S), sum(C), S_(S), C_(C), f_end_(f_end), d_f_end_(d_f_end), near_(C) {
+  // Where `past_cache`, d_f is stored so if its registers are aligned.
+  RayFeatures(int64_t S, int64_t C, const T* f_end, const T* d_f_end = nullptr,
+              bool past_cache = false)
+      : w(S),
+        d_w(S),
+        sum(C),
+        S_(S),
+        C_(C),
+        f_end_(f_end),
+        d_f_end_(d_f_end),
+        past_cache_(past_cache && C % kLanes<A> == 0 &&
+                    reinterpret_cast<uintptr_t>(d_f_end) % kVectorBytes == 0),
+        near_(C) {
     for (int i = 0; i < kLanes<A>; ++i) {
       lane_[i] = i;
       sample_[i] = i / std::max<int64_t>(C, 1);
@@ -120,6 +131,7 @@ class RayFeatures {
     int64_t s = 0;
     for (; s + kRows <= S_; s += kRows) spread_rows<kRows, with_d_w, with_d_f>(s, g, f, d_f);
     for (; s < S_; ++s) spread_rows<1, with_d_w, with_d_f>(s, g, f, d_f);
+    if (past_cache_) finish_stream();
   }
 
  private:
@@ -149,7 +161,9 @@ class RayFeatures {
         const vec<A> g_c = load(g + c, n);
         for (int i = 0; i < rows; ++i) {
           if (with_d_w) dot.column[i] += g_c * load(f + i * C_ + c, n);
-          if (with_d_f) store(d_f + i * C_ + c, w[s + i] * g_c, n);
+          if (!with_d_f) continue;
+          const vec<A> x = w[s + i] * g_c;
+          past_cache_ ? stream(d_f + i * C_ + c, x) : store(d_f + i * C_ + c, x, n);
         }
       });
       total = total + dot;
@@ -207,6 +221,7 @@ class RayFeatures {
 
   int64_t S_, C_;
   const T *f_end_, *d_f_end_;
+  bool past_cache_;
   Padded<A> near_;
   lane_index<A> lane_, sample_, channel_;
 };

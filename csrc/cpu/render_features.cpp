@@ -23,12 +23,13 @@ RAYFUSE_KERNEL void render(int64_t begin, int64_t end, int64_t R, int64_t S, int
 // Likewise.
 template <bool with_d_w, bool with_d_f, class T>
 RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t R, int64_t S, int64_t C,
+                              bool past_cache,
                               const accumulator<T>* d_features,  // [R, C]
                               RowReader<accumulator<T>> w,       // [R, S]
                               const T* f,                        // [R, S, C]
                               RowWriter<accumulator<T>> d_w,     // [R, S]
                               T* d_f) {                          // [R, S, C]
-  RayFeatures<T> ray(S, C, f + R * S * C, d_f + end * S * C);
+  RayFeatures<T> ray(S, C, f + R * S * C, d_f + end * S * C, past_cache);
   for (int64_t r = begin; r < end; ++r) {
     w(r, S, ray.w);
     ray.template spread<with_d_w, with_d_f>(d_features + r * C, f + r * S * C, d_f + r * S * C);
@@ -76,11 +77,12 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& d_features, const Tensor& w, const 
     const T* f_ptr = data<T>(f);
     const auto d_w_rows = mutable_rows<A>(d_w);
     T* d_f_ptr = mutable_data<T>(d_f);
+    const bool past_cache = is_large(d_f);
     for_rays<A>(R, S * C, [=](int64_t begin, int64_t end) {
       as_constant(d_w_rows.data != nullptr, [=](auto with_d_w) {
         as_constant(d_f_ptr != nullptr, [=](auto with_d_f) {
-          gradients<with_d_w, with_d_f>(begin, end, R, S, C, d_features_ptr, w_rows, f_ptr,
-                                        d_w_rows, d_f_ptr);
+          gradients<with_d_w, with_d_f>(begin, end, R, S, C, past_cache, d_features_ptr, w_rows,
+                                        f_ptr, d_w_rows, d_f_ptr);
         });
       });
     });
