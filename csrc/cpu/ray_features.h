@@ -145,7 +145,12 @@ class RayFeatures {
     f += s * C_;
     for_registers<A>(C_, [&](int64_t c, auto n) {
       vec<A> x = load(near_ + c);
-      for (int i = 0; i < rows; ++i) x += w[s + i] * load(f + i * C_ + c, n);
+      for (int i = 0; i < rows; ++i) {
+        // half precision is done with a line too soon for the processor's own: 6.2 ms became 4.5
+        // (4096 x 48 x 768, 2 threads)
+        __builtin_prefetch(f + (rows + i) * C_ + c);
+        x += w[s + i] * load(f + i * C_ + c, n);
+      }
       store(near_ + c, x);
     });
   }
