@@ -1,0 +1,105 @@
+"""What only feature rendering knows: its definition, what weights select, memory, long rays."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rayfuse
+from conftest import BACKENDS, device_of
+from contract import Contract
+from rayfuse import backend
+
+# around the 16, 8, 4 and 2 lanes of the registers, where several samples share one, where a block
+# takes several rays, and where channels pass in several blocks; samples in fours and not
+FEATURE_SIZES = tuple(
+    {"S": S, "C": C}
+    for S, C in (
+        *((0, 3), (5, 2), (3, 3), (1, 1), (2, 5), (9, 4), (17, 7), (6, 8), (7, 9), (33, 3)),
+        *((5, 15), (4, 16), (3, 17), (48, 31), (1, 64), (5, 100), (6, 770)),
+    )
+)
+
+
+class TestRenderFeatures(Contract):
+    op = rayfuse.render_features
+    sizes = FEATURE_SIZES
+    typical = {"S": 5, "C": 7}
+    gpu_sizes = ({"S": 48, "C": 768}, {"S": 48, "C": 64}, {"S": 100, "C": 3})
+
+    def test_reference_is_the_sum_of_f3rm(self):
+        w, f = self.inputs(dtype=torch.float64)
+        # weights come as [..., S, 1] there
+        want = torch.sum(w[..., None] * f, dim=-2)
+        assert torch.equal(self.spec.reference(w, f), want)
+
+    def test_one_weight_selects_its_sample(self, forced_backend, device):
+        w, f = self.inputs(device=device, S=6, C=37)
+        for s in range(6):
+            one = torch.zeros_like(w)
+            one[:, s] = 2
+            assert torch.equal(self.call([one, f]), 2 * f[:, s])
+
+    def test_equal_features_come_out_times_the_sum_of_the_weights(self, forced_backend, device):
+        w, f = self.inputs(dtype=torch.float64, device=device, S=9, C=5)
+        same = f[:, :1].expand_as(f)
+        torch.testing.assert_close(self.call([w, same]), w.sum(-1, keepdim=True) * same[:, 0])
+
+    def test_sample_without_weight_is_read_all_the_same(self, forced_backend, device):
+        """As in torch: 0 * inf is NaN, and an infinite feature is not hidden."""
+        w, f = self.inputs((1,), device=device, S=5, C=3)
+        w[0, 4], f[0, 4, 1], f[0, 2, 0] = 0, torch.inf, torch.inf
+        w[0, 2] = 1
+        features = self.call([w, f])[0]
+        assert features[0] == torch.inf and features[1].isnan() and features[2].isfinite()
+
+    @pytest.mark.parametrize(("S", "C"), [(5000, 3), (3000, 20), (2, 9000)])
+    def test_long_rays_and_many_channels(self, forced_backend, device, S, C):
+        self.assert_as_right_as_torch(self.inputs((2,), device=device, S=S, C=C), f"at {S}, {C}")
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone says it")
+    def test_no_temporary_of_the_size_of_the_features(self):
+        w, f = self.inputs((1024,), dtype=torch.float32, S=32, C=256)
+        f, megabytes = f.half().requires_grad_(), 16
+        w.requires_grad_()
+
+        def resident(key):
+            text = Path("/proc/self/status").read_text()
+            return int(text.split(f"{key}:")[1].split()[0]) / 1024
+
+        def growth(call):
+            call()
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident("VmRSS")
+            call()
+            return resident("VmHWM") - before
+
+        assert growth(lambda: rayfuse.render_features(w, f)) < 4
+        features = rayfuse.render_features(w, f)
+        d_features = torch.ones_like(features)
+        backward = growth(
+            lambda: torch.autograd.grad(features, (w, f), d_features, retain_graph=True)
+        )
+        # d_f itself, as narrow as f
+        assert backward < megabytes + 4
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(0, 12),
+        st.integers(1, 40),
+        st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+        st.integers(0, 1000),
+    )
+    def test_any_size_and_type_is_the_sum_of_its_definition(self, S, C, dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        w = torch.randn(3, S, generator=generator)
+        f = (100 * torch.randn(3, S, C, generator=generator)).to(dtype)
+        terms = w[..., None].double() * f.double()
+        for name in BACKENDS:
+            if backend.reason(name) is None and device_of(name) == "cpu":
+                with rayfuse.use_backend(name):
+                    got = rayfuse.render_features(w, f).double()
+                bound = 1e-6 * terms.abs().sum(-2) + 1e-30
+                assert ((got - terms.sum(-2)).abs() <= bound).all(), name
