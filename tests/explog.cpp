@@ -69,7 +69,7 @@ void check(const char* name, const F& f, Wide (*right)(Wide), uint64_t step) {
 // exp, as far as exp_of_nonpositive promises it.
 template <class Wide, class A>
 Wide exp_of_nonpositive_in(Wide x) {
-  return x < ExpLog<A>::kExpNormal ? 0 : x > 0 ? Wide(NAN) : std::exp(x);
+  return x < -Decay<A>::kMost ? 0 : x > 0 ? Wide(NAN) : std::exp(x);
 }
 template <class A>
 vec<A> exp_of_nonpositive_or_nan(vec<A> x) {

@@ -21,8 +21,8 @@ struct ExpLog<float> {
   // the high part of ln 2 has so few digits that whole multiples of it are exact
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kSqrtHalf = 0x1.6a09e6p-1f;
-  // beyond these exp and expm1 have reached their limits; exp of the last is a normal number
-  static constexpr float kExpMin = -104, kExpm1Min = -18, kExpMax = 89, kExpNormal = -87;
+  // beyond these exp and expm1 have reached their limits
+  static constexpr float kExpMin = -104, kExpm1Min = -18, kExpMax = 89;
   static constexpr int kExpTerms = 6, kLogTerms = 4;
 };
 template <>
@@ -30,7 +30,7 @@ struct ExpLog<double> {
   typedef uint64_t words __attribute__((vector_size(kVectorBytes)));
   static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
   static constexpr double kSqrtHalf = 0x1.6a09e667f3bcdp-1;
-  static constexpr double kExpMin = -746, kExpm1Min = -38, kExpMax = 710, kExpNormal = -708;
+  static constexpr double kExpMin = -746, kExpm1Min = -38, kExpMax = 710;
   static constexpr int kExpTerms = 12, kLogTerms = 10;
 };
 
@@ -72,7 +72,8 @@ vec<A> polynomial(vec<A> x, const std::array<A, terms>& factors) {
 template <class A>
 struct ExpParts {
   explicit ExpParts(vec<A> x)
-      : n(to_integer<A>(x * A(0x1.71547652b82fep+0))),
+      : rounded(x * A(0x1.71547652b82fep+0) + kRounder<A>),
+        n(rounded - kRounder<A>),
         r(x - n * ExpLog<A>::kLn2High - n * ExpLog<A>::kLn2Low) {}
 
   // e^r - 1 - r
@@ -86,7 +87,10 @@ struct ExpParts {
     return r * r * polynomial<A>(r, kInverseFactorials);
   }
 
-  vec<A> n, r;
+  // 2^n where that is a normal number.
+  vec<A> power() const { return (vec<A>)((bits_of<A>(rounded) << kMantissaBits<A>)+bits_of(A(1))); }
+
+  vec<A> rounded, n, r;
 };
 
 template <class A>
@@ -103,15 +107,6 @@ vec<A> exp_of(vec<A> x) {
   return (1 + (parts.r + parts.rest())) * power_of_two<A>(half) * power_of_two<A>(parts.n - half);
 }
 
-// exp of x <= 0, at two thirds of the cost: 0 where it would come near the subnormal numbers.
-template <class A>
-vec<A> exp_of_nonpositive(vec<A> x) {
-  const auto tiny = x < ExpLog<A>::kExpNormal;
-  const ExpParts<A> parts(tiny ? vec<A>{} : x);
-  const vec<A> exp = (1 + (parts.r + parts.rest())) * power_of_two<A>(parts.n);
-  return tiny ? vec<A>{} : exp;
-}
-
 template <class A>
 vec<A> expm1_of(vec<A> x) {
   const ExpParts<A> parts(clamp<A>(x, ExpLog<A>::kExpm1Min, ExpLog<A>::kExpMax));
@@ -119,6 +114,28 @@ vec<A> expm1_of(vec<A> x) {
   const vec<A> scale = power_of_two<A>(parts.n - 1);
   const vec<A> half = (scale - A(0.5)) + scale * parts.r + scale * parts.rest();
   return x * x < std::numeric_limits<A>::min() ? x : 2 * half;
+}
+
+// e^-x and 1 - e^-x for x >= 0, at hardly more than the price of one; e^-x is 0 where it would be
+// subnormal.
+template <class A>
+struct Decay {
+  static constexpr A kMost = -std::numeric_limits<A>::min_exponent * A(0.69);
+
+  explicit Decay(vec<A> x) {
+    const ExpParts<A> parts(-(x > kMost ? kMost - vec<A>{} : x));
+    const vec<A> scale = parts.power(), tail = scale * (parts.r + parts.rest());
+    passing = x > kMost ? vec<A>{} : scale + tail;
+    stopped = (1 - scale) - tail;
+  }
+
+  vec<A> passing, stopped;
+};
+
+// exp of x <= 0, at two thirds of the cost: 0 where it would come near the subnormal numbers.
+template <class A>
+vec<A> exp_of_nonpositive(vec<A> x) {
+  return Decay<A>(-x).passing;
 }
 
 template <class A>

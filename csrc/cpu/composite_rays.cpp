@@ -1,0 +1,716 @@
+// Compositing: features = sum_i w_i f_i + (1 - sum_i w_i) background, depth and accumulation, with
+// w given or from densities. One thread owns a few rays; of these only the weights' scans go along
+// several rays at once, everything else along one at a time, from rows of weights in cache.
+// Forward: one pass over memory. Backward: one, with all heads in the gradient of a weight:
+// g_i = d_features . (f_i - background) + d_accumulation + d_depth (s_i - depth) / sum_i w_i,
+// d_f_i = w_i d_features; for densities then the way back of ray_weights. docs/compositing.md
+#include "transmittance.h"
+
+#include <vector>
+
+namespace rayfuse {
+namespace {
+
+enum class Depth : int64_t { kExpected, kLogMean, kMedian, kNone };
+
+// So many samples add up in one level: 2^16 lose no more to rounding than a few hundred do.
+constexpr int64_t kPiece = 512;
+// Interleaved channels are taken apart in registers up to so many.
+constexpr int kFewChannels = 4;
+
+template <class A>
+constexpr A kExpectedEps = A(1e-10);
+template <class A>
+constexpr A kLogMeanEps = std::numeric_limits<float>::epsilon();
+
+// ---- rows
+
+// The first n values at p, any number of which may exist.
+template <class T>
+vec<accumulator<T>> load_some(const T* p, int64_t n) {
+  if (n >= kLanes<accumulator<T>>) return load(p);
+  return load(p, std::max<int64_t>(n, 0));
+}
+template <class T>
+void store_some(T* p, vec<accumulator<T>> x, int64_t n) {
+  if (n >= kLanes<accumulator<T>>) return store(p, x);
+  if (n > 0) store(p, x, n);
+}
+
+// f(k) for the registers of a row.
+template <class A, class F>
+void along(int64_t begin, int64_t end, const F& f) {
+  for (int64_t k = begin; k < end; k += kLanes<A>) f(k);
+}
+
+// ---- C interleaved channels of kLanes samples, in C registers
+
+// Registers v and v + 1, ... of n, laid end to end, from value `from` on; zeros follow.
+template <int from, class V, int n>
+V window_of(const V (&x)[n]) {
+  constexpr int v = from / kLanesOf<V>, lane = from % kLanesOf<V>;
+  const V low = v < n ? x[v < n ? v : 0] : V{};
+  if constexpr (lane == 0) return low;
+  const V high = v + 1 < n ? x[v + 1 < n ? v + 1 : 0] : V{};
+  return window<lane>(low, high);
+}
+
+// Register v of a value for each sample, repeated for its channels.
+template <int C, int v, class V>
+V repeat_each(V x) {
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(x, x, ((v * kLanesOf<V> + i) / C)...);
+  }(std::make_integer_sequence<int, kLanesOf<V>>());
+}
+
+// Channel c of each sample.
+template <int c, int v = 1, class V, int C>
+V channel_of(const V (&x)[C], V found) {
+  constexpr int n = kLanesOf<V>;
+  if constexpr (v >= C) {
+    return found;
+  } else {
+    return channel_of<c, v + 1>(x, [&]<int... i>(std::integer_sequence<int, i...>) {
+      return __builtin_shufflevector(found, x[v],
+                                     ((i * C + c) / n == v        ? n + (i * C + c) % n
+                                      : v == 1 && (i * C + c) < n ? i * C + c
+                                                                  : i)...);
+    }(std::make_integer_sequence<int, n>()));
+  }
+}
+
+// The sum over the channels of each sample.
+template <class V, int C>
+V sum_channels(const V (&x)[C]) {
+  return [&]<int... c>(std::integer_sequence<int, c...>) {
+    return (... + channel_of<c>(x, x[0]));
+  }(std::make_integer_sequence<int, C>());
+}
+
+// The sums over the samples, of channel c in lane c, counted over the registers.
+template <int samples, class V, int C>
+void sum_samples_of(V (&x)[C]) {
+  if constexpr (samples > 1) {
+    [&]<int... v>(std::integer_sequence<int, v...>) {
+      const V high[] = {window_of<samples / 2 * C + v * kLanesOf<V>>(x)...};
+      (..., (x[v] += high[v]));
+    }(std::make_integer_sequence<int, C>());
+    sum_samples_of<samples / 2>(x);
+  }
+}
+
+// f(v) for the registers of C channels, unrolled.
+template <int C, class F>
+void each_register(const F& f) {
+  [&]<int... v>(std::integer_sequence<int, v...>) {
+    (..., f(std::integral_constant<int, v>()));
+  }(std::make_integer_sequence<int, C>());
+}
+
+// Lane i of the result is the sum of the lanes of x[i].
+template <class V, int n>
+V sum_each(V (&x)[n]) {
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    constexpr int lanes = kLanesOf<V>, half = n / 2;
+    V halves[half];
+    const auto pair = [&]<int offset, int... i>(V a, V b, std::integer_sequence<int, i...>) {
+      return __builtin_shufflevector(
+          a, b, (i / n * n + offset * half + i % half + (i / half % 2) * lanes)...);
+    };
+    constexpr auto lane = std::make_integer_sequence<int, lanes>();
+    for (int i = 0; i < half; ++i) {
+      const V a = x[i], b = x[i + half];
+      halves[i] = pair.template operator()<0>(a, b, lane) + pair.template operator()<1>(a, b, lane);
+    }
+    return sum_each(halves);
+  }
+}
+
+// ---- the features of one ray
+
+// sums_c = sum_i w_i f_ic
+template <int C, class F>
+void add_few(const accumulator<F>* w, const F* f, int64_t S, accumulator<F>* sums) {
+  using A = accumulator<F>;
+  constexpr int N = kLanes<A>;
+  std::fill(sums, sums + C, A(0));
+  for (int64_t begin = 0; begin < S; begin += kPiece) {
+    vec<A> piece[C] = {};
+    along<A>(begin, std::min(begin + kPiece, S), [&](int64_t k) {
+      const vec<A> w_here = load_some(w + k, S - k);
+      each_register<C>([&](auto v) {
+        const int64_t at = k * C + v * N;
+        const vec<A> f_here = load_some(f + at, S * C - at);
+        piece[v] = multiply_add(repeat_each<C, v>(w_here), f_here, piece[v]);
+      });
+    });
+    sum_samples_of<N>(piece);
+    for (int c = 0; c < C; ++c) sums[c] += piece[c / N][c % N];
+  }
+}
+template <class F>
+void add_many(const accumulator<F>* w, const F* f, int64_t S, int64_t C, accumulator<F>* sums) {
+  using A = accumulator<F>;
+  constexpr int kAtOnce = 4;
+  along<A>(0, C, [&](int64_t c) {
+    vec<A> total = {};
+    for (int64_t begin = 0; begin < S; begin += kPiece) {
+      const int64_t end = std::min(begin + kPiece, S);
+      vec<A> piece[kAtOnce] = {};
+      int64_t i = begin;
+      for (; i + kAtOnce <= end; i += kAtOnce) {
+        for (int j = 0; j < kAtOnce; ++j) {
+          piece[j] += w[i + j] * load_some(f + (i + j) * C + c, C - c);
+        }
+      }
+      for (; i < end; ++i) piece[0] += w[i] * load_some(f + i * C + c, C - c);
+      total += (piece[0] + piece[1]) + (piece[2] + piece[3]);
+    }
+    store_some(sums + c, total, C - c);
+  });
+}
+
+// products_i = sum_c d_features_c f_ic for S samples and the rest of a register; d_f_ic = w_i
+// d_features_c unless d_f is null.
+template <int C, class F>
+void gradients_few(const accumulator<F>* w, const F* f, int64_t S, const accumulator<F>* d_features,
+                   accumulator<F>* products, F* d_f) {
+  using A = accumulator<F>;
+  constexpr int N = kLanes<A>;
+  vec<A> scale[C];
+  each_register<C>([&](auto v) {
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      if constexpr (C <= N) {
+        const vec<A> once = load_some(d_features, C);
+        scale[v] = __builtin_shufflevector(once, once, ((v * N + i) % C)...);
+      } else {
+        scale[v] = vec<A>{d_features[(v * N + i) % C]...};
+      }
+    }(std::make_integer_sequence<int, N>());
+  });
+  along<A>(0, S, [&](int64_t k) {
+    vec<A> product[C];
+    each_register<C>([&](auto v) {
+      const int64_t at = k * C + v * N;
+      product[v] = scale[v] * load_some(f + at, S * C - at);
+    });
+    store(products + k, sum_channels(product));
+    if (!d_f) return;
+    const vec<A> w_here = load_some(w + k, S - k);
+    each_register<C>([&](auto v) {
+      const int64_t at = k * C + v * N;
+      store_some(d_f + at, repeat_each<C, v>(w_here) * scale[v], S * C - at);
+    });
+  });
+}
+template <class F>
+void gradients_many(const accumulator<F>* w, const F* f, int64_t S, int64_t C,
+                    const accumulator<F>* d_features, accumulator<F>* products, F* d_f) {
+  using A = accumulator<F>;
+  constexpr int N = kLanes<A>;
+  along<A>(0, S, [&](int64_t k) {
+    vec<A> rows[N] = {};
+    const int count = std::min<int64_t>(N, S - k);
+    along<A>(0, C, [&](int64_t c) {
+      const vec<A> scale = load_some(d_features + c, C - c);
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = (k + i) * C + c;
+        rows[i] += scale * load_some(f + at, C - c);
+        if (d_f) store_some(d_f + at, w[k + i] * scale, C - c);
+      }
+    });
+    store(products + k, sum_each(rows));
+  });
+}
+
+// The rays of a block: rows of weights [S], features [S, C] end to end.
+template <class F>
+__attribute__((noinline)) RAYFUSE_KERNEL void add_features(const Rays<const accumulator<F>>& w,
+                                                           const F* f, int64_t S, int64_t C,
+                                                           accumulator<F>* sums) {
+  for (int i = 0; i < w.count; ++i, f += S * C, sums += C) {
+    if (C == 3) {
+      add_few<3>(w[i], f, S, sums);
+    } else if (C == 1) {
+      add_few<1>(w[i], f, S, sums);
+    } else if (C == 4) {
+      add_few<4>(w[i], f, S, sums);
+    } else {
+      add_many(w[i], f, S, C, sums);
+    }
+  }
+}
+template <class F>
+__attribute__((noinline)) RAYFUSE_KERNEL void feature_gradients(
+    const Rays<const accumulator<F>>& w, const F* f, int64_t S, int64_t C,
+    const accumulator<F>* d_features, const Rays<accumulator<F>>& products, F* d_f) {
+  for (int i = 0; i < w.count; ++i, f += S * C, d_features += C) {
+    if (C == 3) {
+      gradients_few<3>(w[i], f, S, d_features, products[i], d_f);
+    } else if (C == 1) {
+      gradients_few<1>(w[i], f, S, d_features, products[i], d_f);
+    } else if (C == 4) {
+      gradients_few<4>(w[i], f, S, d_features, products[i], d_f);
+    } else {
+      gradients_many(w[i], f, S, C, d_features, products[i], d_f);
+    }
+    if (d_f) d_f += S * C;
+  }
+}
+
+// What stands behind the samples of one ray: nothing, a background, or the last of the samples.
+template <class T, class F>
+const accumulator<T>* behind_samples(const T* background, const F* last_f, int64_t C,
+                                     accumulator<T>* behind) {
+  if (!last_f && !background) return nullptr;
+  for (int64_t c = 0; c < C; ++c) behind[c] = last_f ? widen(last_f[c]) : widen(background[c]);
+  return behind;
+}
+
+// Not inlined, so that products and sums are fused alike whatever the type of f.
+template <class A>
+__attribute__((noinline)) void blend(A light, const A* behind, int64_t C, A* features) {
+  for (int64_t c = 0; c < C; ++c) features[c] += light * behind[c];
+}
+template <class A>
+__attribute__((noinline)) A dot(const A* x, const A* y, int64_t C) {
+  A sum = 0;
+  for (int64_t c = 0; c < C; ++c) sum += x[c] * y[c];
+  return sum;
+}
+
+// ---- weights and depth of a block of rays
+
+// Everything about the call that is not a tensor.
+struct Options {
+  int64_t S, C;
+  Depth depth;
+  bool density, last_sample;
+
+  bool has_mean() const { return S && (depth == Depth::kExpected || depth == Depth::kLogMean); }
+};
+
+// What the mean depth is the mean of.
+template <class A>
+Block<A> places(Depth depth, const Block<A>& mid) {
+  if (depth == Depth::kExpected) return mid;
+  constexpr A kTiny = std::numeric_limits<A>::min();
+  return each_column<A>([&](int j) {
+    const vec<A> s = mid.column[j];
+    return log_of<A>(s < kTiny ? kTiny - vec<A>{} : s);
+  });
+}
+
+// What the pass from the left leaves for the way back.
+template <class A>
+struct Kept {
+  KeptLight<A> light;  // of weights that are given, only these
+  Block<A> mid;
+};
+
+// A value for each ray of a block: of ray r in lane r.
+template <class A>
+struct RayValues {
+  vec<A> accumulation = {}, moment = {};  // sum_i w_i, sum_i w_i place_i
+};
+
+// The pass from the left over `count` rays. Weights from densities, or of half precision, also go
+// to rows of whole registers.
+template <bool long_rays, class T>
+__attribute__((noinline)) RAYFUSE_KERNEL RayValues<accumulator<T>> weigh(
+    const Options& options, const Rays<const T>& t, const Rays<const T>& w,
+    const Rays<accumulator<T>>& w_rows, Kept<accumulator<T>>* kept, bool with_d_t) {
+  using A = accumulator<T>;
+  const int64_t S = options.S;
+  LightPass<T, long_rays> pass{w, t, S, false};
+  LevelledSum<A, long_rays> accumulation, moment;
+  const bool with_mean = options.has_mean();
+  along<A>(0, S, [&](int64_t k) {
+    if (options.density) {
+      pass.step(k);
+    } else {
+      pass.w = w.load_at(k, S - k);
+      if (with_mean) pass.step_t(k);
+    }
+    if (options.density || !std::is_same_v<T, A>) w_rows.store_at(k, kLanes<A>, pass.w);
+    accumulation.add(sum_columns(pass.w));
+    const Block<A> mid = A(0.5) * (pass.t0 + pass.t1);
+    if (with_mean) moment.add(sum_columns(pass.w * places(options.depth, mid)));
+    if (kept) {
+      Kept<A>& here = kept[k / kLanes<A>];
+      if (options.density) {
+        here.light.keep(pass, with_d_t);
+      } else {
+        pass.w.store_to(here.light.w);
+      }
+      if (with_mean) mid.store_to(here.mid);
+    }
+  });
+  return {sum_samples<A>(accumulation.total()), sum_samples<A>(moment.total())};
+}
+
+// Where the depths of a block of rays lie, and how they depend on the weights.
+template <class A>
+struct RayDepths {
+  vec<A> value = {}, weight = {}, mean = {};
+  bool thin[kRays<A>] = {};
+
+  RayDepths(const Options& options, const RayValues<A>& sums) {
+    if (!options.has_mean()) return;
+    const vec<A> total = sums.accumulation;
+    if (options.depth == Depth::kExpected) {
+      weight = total + kExpectedEps<A>;
+      value = mean = sums.moment / weight;
+    } else {
+      weight = total < kLogMeanEps<A> ? kLogMeanEps<A> - vec<A>{} : total;
+      mean = sums.moment / weight;
+      value = exp_of<A>(mean);
+      for (int r = 0; r < kRays<A>; ++r) thin[r] = total[r] < kLogMeanEps<A>;
+    }
+  }
+};
+
+// The bounds of a mean depth along a ray.
+template <class T>
+std::pair<accumulator<T>, accumulator<T>> bounds(const Options& options, const T* t) {
+  using A = accumulator<T>;
+  const int64_t S = options.S;
+  if (options.depth == Depth::kLogMean) return {widen(t[0]), widen(t[S])};
+  return {A(0.5) * (widen(t[0]) + widen(t[1])), A(0.5) * (widen(t[S - 1]) + widen(t[S]))};
+}
+
+// The first sample at which the weights reach a half; summed in double, as torch does.
+template <class A>
+int64_t median(const A* w, int64_t S) {
+  int64_t k = 0;
+  for (double sum = w[0]; sum < 0.5 && k < S - 1;) sum += w[++k];
+  return k;
+}
+
+// The gradients of weights, as far as they do not go through the features, of ray r in lane r:
+// common + scale place_i.
+template <class A>
+struct WeightGradients {
+  vec<A> common = {}, scale = {};
+};
+
+// The pass from the right: the gradients of weights are their products with the features, if any,
+// and those above. With d_t the gradients of midpoints and widths go to rows.
+template <bool long_rays, class T>
+__attribute__((noinline)) RAYFUSE_KERNEL void back_to_weights(
+    const Options& options, const WeightGradients<accumulator<T>>& d_weights,
+    const Kept<accumulator<T>>* kept, bool with_products, const Rays<accumulator<T>>& products,
+    const Rays<T>& d_w, bool with_d_w, bool with_d_t, const Rays<accumulator<T>>& d_mid) {
+  using A = accumulator<T>;
+  constexpr int N = kLanes<A>;
+  const int64_t S = options.S;
+  const vec<A> common = repeat_lane<0>(d_weights.common), scale = repeat_lane<0>(d_weights.scale);
+  const bool with_mean = options.has_mean();
+  LightGradients<A, long_rays> way_back;
+  for (int64_t i = (S + N - 1) / N - 1; i >= 0; --i) {
+    const int64_t k = i * N;
+    Block<A> g = {};
+    if (with_products) {
+      g = Rays<const A>{products.first, products.stride, products.count}.load_at(k, N);
+    }
+    g = each_column<A>([&](int j) { return g.column[j] + common; });
+    if (with_mean) {
+      const Block<A> place = places(options.depth, kept[i].mid);
+      g = each_column<A>([&](int j) { return g.column[j] + scale * place.column[j]; });
+      if (with_d_t) {
+        d_mid.store_at(k, N, each_column<A>([&](int j) {
+                         const vec<A> s = kept[i].mid.column[j];
+                         const vec<A> d_place = scale * kept[i].light.w.column[j];
+                         if (options.depth == Depth::kExpected) return d_place;
+                         return s < std::numeric_limits<A>::min() ? vec<A>{} : d_place / s;
+                       }));
+      }
+    }
+    if (options.density) {
+      way_back.step(kept[i].light, g, {}, with_d_t);
+      if (with_d_w) d_w.store_at(k, S - k, way_back.d_density);
+      if (with_d_t) products.store_at(k, N, way_back.d_width);
+    } else if (with_d_w) {
+      d_w.store_at(k, S - k, g);
+    }
+  }
+}
+
+// ---- rays
+
+// The rows that a thread works on: kRays of them, in whole registers.
+template <class A>
+class Rows {
+ public:
+  explicit Rows(int64_t S)
+      : stride_((S + kLanes<A> - 1) / kLanes<A> * kLanes<A>), values_(kRays<A> * stride_) {}
+
+  Rays<A> rays(int count) { return {values_.data(), stride_, count}; }
+  void clear() { std::fill(values_.begin(), values_.end(), A(0)); }
+
+ private:
+  int64_t stride_;
+  std::vector<A> values_;
+};
+
+// The weights of a block of rays: those given, or the rows that the pass from the left has filled.
+template <class T>
+Rays<const accumulator<T>> weights_of(const Options& options, const Rays<const T>& w,
+                                      const Rays<accumulator<T>>& rows) {
+  if constexpr (std::is_same_v<T, accumulator<T>>) {
+    if (!options.density) return w;
+  }
+  return {rows.first, rows.stride, rows.count};
+}
+
+// Rays begin..end.
+template <bool long_rays, class T, class F>
+void composite(int64_t begin, int64_t end, const Options& options,
+               const T* t,                      // [R, S+1]
+               const T* w,                      // [R, S]
+               const F* f,                      // [R, S, C] or null
+               const T* background,             // [R, C] or null
+               accumulator<T>* features,        // [R, C]
+               accumulator<T>* depth,           // [R]
+               accumulator<T>* accumulation) {  // [R]
+  using A = accumulator<T>;
+  const int64_t S = options.S, C = options.C;
+  Rows<A> w_rows(S);
+  std::vector<A> behind(C);
+  for (int64_t first = begin; first < end; first += kRays<A>) {
+    const int count = std::min<int64_t>(kRays<A>, end - first);
+    const Rays<const T> t_rays{t + first * (S + 1), S + 1, count}, given{w + first * S, S, count};
+    const Rays<A> rows = w_rows.rays(count);
+    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, nullptr, false);
+    const Rays<const A> weights = weights_of(options, given, rows);
+    if (f) {
+      add_features(weights, f + first * S * C, S, C, features + first * C);
+    } else {
+      std::fill(features + first * C, features + (first + count) * C, A(0));
+    }
+    const RayDepths<A> depths(options, sums);
+    for (int i = 0; i < count; ++i) {
+      const int64_t r = first + i;
+      accumulation[r] = sums.accumulation[i];
+      depth[r] = 0;
+      if (options.has_mean()) {
+        const auto [least, most] = bounds(options, t_rays[i]);
+        const A value = depths.value[i];
+        depth[r] = value < least ? least : value > most ? most : value;
+      } else if (S && options.depth == Depth::kMedian) {
+        const T* const edge = t_rays[i] + median(weights[i], S);
+        depth[r] = A(0.5) * (widen(edge[0]) + widen(edge[1]));
+      }
+      const A* light_from = behind_samples(
+          background ? background + r * C : nullptr,
+          options.last_sample && f && S ? f + (r * S + S - 1) * C : nullptr, C, behind.data());
+      if (light_from) blend(1 - sums.accumulation[i], light_from, C, features + r * C);
+    }
+  }
+}
+
+template <class T, class F>
+struct Gradients {
+  T* t;           // [R, S+1] or null
+  T* w;           // [R, S] or null
+  F* f;           // [R, S, C] or null
+  T* background;  // [R, C] or null
+};
+
+// Rays begin..end.
+template <bool long_rays, class T, class F>
+void gradients(int64_t begin, int64_t end, const Options& options,
+               const accumulator<T>* d_features,      // [R, C] or null
+               const accumulator<T>* d_depth,         // [R] or null
+               const accumulator<T>* d_accumulation,  // [R] or null
+               const T* t,                            // [R, S+1]
+               const T* w,                            // [R, S]
+               const F* f,                            // [R, S, C] or null
+               const T* background,                   // [R, C] or null
+               const Gradients<T, F>& d) {
+  using A = accumulator<T>;
+  const int64_t S = options.S, C = options.C;
+  constexpr int K = kRays<A>, N = kLanes<A>;
+  Rows<A> w_rows(S), g_rows(S), d_mid_rows(d.t ? S : 0);
+  std::vector<Kept<A>> kept((S + N - 1) / N);
+  const std::vector<A> no_gradient(K * C);
+  std::vector<A> behind(C);
+  for (int64_t first = begin; first < end; first += K) {
+    const int count = std::min<int64_t>(K, end - first);
+    const Rays<const T> t_rays{t + first * (S + 1), S + 1, count}, given{w + first * S, S, count};
+    const Rays<A> rows = w_rows.rays(count), g = g_rows.rays(count);
+    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, kept.data(), d.t);
+    const Rays<const A> weights = weights_of(options, given, rows);
+    const A* d_features_here = d_features ? d_features + first * C : no_gradient.data();
+    const bool last_behind = options.last_sample && f && S;
+    if (f) {
+      feature_gradients(weights, f + first * S * C, S, C, d_features_here, g,
+                        d.f ? d.f + first * S * C : nullptr);
+    }
+
+    const RayDepths<A> depths(options, sums);
+    WeightGradients<A> d_weights;
+    // what depth gives to midpoints and edges where it depends on no weight
+    struct {
+      int64_t sample, edge;
+      A d_depth;
+    } fixed[K] = {};
+    for (int i = 0; i < count; ++i) {
+      const int64_t r = first + i;
+      const A light = 1 - sums.accumulation[i];
+      const A* d_features_r = d_features_here + i * C;
+      const F* last_f = last_behind ? f + (r * S + S - 1) * C : nullptr;
+      const A* light_from =
+          behind_samples(background ? background + r * C : nullptr, last_f, C, behind.data());
+      d_weights.common[i] = (d_accumulation ? d_accumulation[r] : A(0)) -
+                            (light_from ? dot(d_features_r, light_from, C) : A(0));
+      for (int64_t c = 0; last_behind && d.f && c < C; ++c) {
+        d.f[(r * S + S - 1) * C + c] = narrow<F>((weights[i][S - 1] + light) * d_features_r[c]);
+      }
+      for (int64_t c = 0; d.background && c < C; ++c) {
+        d.background[r * C + c] = narrow<T>(light * d_features_r[c]);
+      }
+      fixed[i] = {-1, -1, d_depth ? d_depth[r] : A(0)};
+      if (!d_depth || !S) continue;
+      if (options.has_mean()) {
+        const auto [least, most] = bounds(options, t_rays[i]);
+        const A value = depths.value[i];
+        const bool expected = options.depth == Depth::kExpected;
+        if (value < least || value > most) {
+          (expected ? fixed[i].sample : fixed[i].edge) = value < least ? 0 : expected ? S - 1 : S;
+        } else {
+          const A scale = (expected ? d_depth[r] : d_depth[r] * value) / depths.weight[i];
+          d_weights.scale[i] = scale;
+          if (!depths.thin[i]) d_weights.common[i] -= scale * depths.mean[i];
+        }
+      } else if (options.depth == Depth::kMedian) {
+        fixed[i].sample = median(weights[i], S);
+      }
+    }
+
+    if (d.t) d_mid_rows.clear();
+    const Rays<A> d_mid = d_mid_rows.rays(count);
+    if (d.w || d.t) {
+      back_to_weights<long_rays, T>(options, d_weights, kept.data(), f, g,
+                                    {d.w + first * S, S, count}, d.w, d.t, d_mid);
+    }
+    for (int i = 0; d.t && i < count; ++i) {
+      T* const d_t = d.t + (first + i) * (S + 1);
+      const auto [sample, edge, d_depth_r] = fixed[i];
+      if (sample >= 0) d_mid[i][sample] += d_depth_r;
+      A from_left = edge == 0 ? d_depth_r : A(0);
+      for (int64_t k = 0; k < S; ++k) {
+        const A half = A(0.5) * d_mid[i][k], width = options.density ? g[i][k] : A(0);
+        d_t[k] = narrow<T>(from_left + half - width);
+        from_left = half + width;
+      }
+      d_t[S] = narrow<T>(from_left + (edge == S && S ? d_depth_r : A(0)));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rayfuse
+
+#include "registration.h"
+
+namespace rayfuse {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+// The element types: f's may be half of the others'.
+template <class Call>
+void dispatch_pair(const Tensor& t, const MaybeTensor& f, const Call& call) {
+  dispatch(t, [&](auto type) {
+    if constexpr (std::is_same_v<decltype(type), float>) {
+      if (f && is_half(*f)) {
+        if (f->scalar_type() == ScalarType::Half) return call(type, half{});
+        return call(type, bfloat16{});
+      }
+    }
+    call(type, type);
+  });
+}
+
+template <class T>
+const T* maybe_data(const MaybeTensor& x) {
+  return x ? data<T>(*x) : nullptr;
+}
+
+Options options_of(const Tensor& w, const MaybeTensor& f, const MaybeTensor& background,
+                   int64_t depth, bool density, bool last_sample) {
+  const int64_t C = f ? f->size(-1) : background ? background->size(-1) : 0;
+  return {w.size(-1), C, static_cast<Depth>(depth), density, last_sample};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t, const Tensor& w, MaybeTensor f,
+                                       MaybeTensor background, int64_t depth_kind, bool density,
+                                       bool last_sample) {
+  const Options options = options_of(w, f, background, depth_kind, density, last_sample);
+  auto sizes = leading_sizes(w, 1);
+  Tensor depth = empty(t, sizes, accumulator_dtype(t));
+  Tensor accumulation = empty(t, sizes, accumulator_dtype(t));
+  sizes.push_back(options.C);
+  Tensor features = empty(t, sizes, accumulator_dtype(t));
+  dispatch_pair(t, f, [&](auto type, auto f_type) {
+    using T = decltype(type);
+    using F = decltype(f_type);
+    using A = accumulator<T>;
+    const T *t_ptr = data<T>(t), *w_ptr = data<T>(w), *background_ptr = maybe_data<T>(background);
+    const F* f_ptr = maybe_data<F>(f);
+    A *features_ptr = mutable_data<A>(features), *depth_ptr = mutable_data<A>(depth);
+    A* accumulation_ptr = mutable_data<A>(accumulation);
+    const int64_t S = options.S;
+    for_rays<A>(depth.numel(), S * (2 + options.C), [=](int64_t begin, int64_t end) {
+      as_constant(is_long<A>(S), [=](auto long_rays) {
+        composite<long_rays>(begin, end, options, t_ptr, w_ptr, f_ptr, background_ptr, features_ptr,
+                             depth_ptr, accumulation_ptr);
+      });
+    });
+  });
+  return {features, depth, accumulation};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(MaybeTensor d_features, MaybeTensor d_depth,
+                                               MaybeTensor d_accumulation, const Tensor& t,
+                                               const Tensor& w, MaybeTensor f,
+                                               MaybeTensor background, int64_t depth, bool density,
+                                               bool last_sample, int64_t needs) {
+  const Options options = options_of(w, f, background, depth, density, last_sample);
+  const auto gradient = [&](const MaybeTensor& x, int i) {
+    return x ? empty_gradient(*x, needs, i) : empty(t, {0}, dtype_of(t));
+  };
+  Tensor d_t = gradient(t, 0), d_w = gradient(w, 1), d_f = gradient(f, 2);
+  Tensor d_background = gradient(background, 3);
+  dispatch_pair(t, f, [&](auto type, auto f_type) {
+    using T = decltype(type);
+    using F = decltype(f_type);
+    using A = accumulator<T>;
+    const A *d_features_ptr = maybe_data<A>(d_features), *d_depth_ptr = maybe_data<A>(d_depth);
+    const A* d_accumulation_ptr = maybe_data<A>(d_accumulation);
+    const T *t_ptr = data<T>(t), *w_ptr = data<T>(w), *background_ptr = maybe_data<T>(background);
+    const F* f_ptr = maybe_data<F>(f);
+    const Gradients<T, F> d{mutable_data<T>(d_t), mutable_data<T>(d_w), mutable_data<F>(d_f),
+                            mutable_data<T>(d_background)};
+    const int64_t S = options.S;
+    for_rays<A>(t.numel() / (S + 1), S * (2 + options.C), [=](int64_t begin, int64_t end) {
+      as_constant(is_long<A>(S), [=](auto long_rays) {
+        gradients<long_rays>(begin, end, options, d_features_ptr, d_depth_ptr, d_accumulation_ptr,
+                             t_ptr, w_ptr, f_ptr, background_ptr, d);
+      });
+    });
+  });
+  return {d_t, d_w, d_f, d_background};
+}
+
+}  // namespace
+
+RAYFUSE_REGISTER(m) {
+  m.impl("composite_rays", TORCH_BOX(&fwd));
+  m.impl("composite_rays_bwd", TORCH_BOX(&bwd));
+}
+
+}  // namespace rayfuse
