@@ -43,6 +43,9 @@ using vec = typename vector_of<A>::type;
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
 
+template <class V>
+constexpr int kLanesOf = sizeof(V) / sizeof(std::declval<V>()[0]);
+
 // ---- one value
 
 inline float widen(float x) { return x; }
@@ -162,10 +165,29 @@ void store(T* p, vec<accumulator<T>> x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(x[i]);
 }
 
-// ---- between lanes
+// ---- comparison
 
+// Bit i of the result is set unless a <= b in lane i.
 template <class V>
-constexpr int kLanesOf = sizeof(V) / sizeof(std::declval<V>()[0]);
+uint32_t lanes_above(V a, V b) {
+  uint32_t bits = 0;
+#if defined(__AVX512F__)
+  constexpr bool wide = sizeof(a[0]) == 8;
+  if constexpr (wide) return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NLE_UQ);
+  if constexpr (!wide) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  constexpr bool wide = sizeof(a[0]) == 8;
+  if constexpr (wide) {
+    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_NLE_UQ));
+  } else {
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ));
+  }
+#endif
+  for (int i = 0; i < kLanesOf<V>; ++i) bits |= uint32_t{!(a[i] <= b[i])} << i;
+  return bits;
+}
+
+// ---- between lanes
 
 // Lane i of the result is lane i + from of low and high laid end to end.
 template <int from, class V>
@@ -205,6 +227,15 @@ V repeat_lane(V x) {
   return [&]<int... i>(std::integer_sequence<int, i...>) {
     return __builtin_shufflevector(x, x, (first + i % k)...);
   }(std::make_integer_sequence<int, kLanesOf<V>>());
+}
+
+// The 128-bit lane `lane`, as a vector of its own.
+template <int lane, class V>
+auto lane128(V x) {
+  constexpr int k = 16 / sizeof(std::declval<V>()[0]);
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(x, x, (lane * k + i)...);
+  }(std::make_integer_sequence<int, k>());
 }
 
 // Within each 128-bit lane, the low or high halves of a and b, taken in turn `unit` values at a
