@@ -1,6 +1,6 @@
 // The bins of an envelope in which the edges of a ray lie, the weight between them, and the way
-// back: what outer_bound and interlevel_loss share. Bins are counted from 1: bin 0 and bin E + 1 are
-// what lies outside, and weigh nothing. Derivation: docs/interlevel.md.
+// back: what outer_bound and interlevel_loss share. Bins -1 and E are what lies outside, and weigh
+// nothing. Derivation: docs/interlevel.md.
 #pragma once
 
 #include <limits>
@@ -21,71 +21,93 @@ struct doubles_of {
 template <int n>
 using doubles = typename doubles_of<n>::type;
 
-// Copies n values, infinity for what is not a number; whether the values, as they were, are sorted.
-template <class T>
-bool copy_edges(const T* from, int64_t n, accumulator<T>* to) {
-  using A = accumulator<T>;
-  constexpr int N = kLanes<A>;
-  const vec<A> infinity = vec<A>{} + std::numeric_limits<A>::infinity();
-  uint32_t falls = 0;
-  int64_t k = 0;
-  for (; k + N < n; k += N) {
-    const vec<A> x = load(from + k);
-    falls |= lanes_above(x, load(from + k + 1));
-    store(to + k, x == x ? x : infinity);
-  }
-  const vec<A> x = load(from + k, n - k);
-  falls |= lanes_above(x, k + 1 < n ? window<1>(x, x) : x) & ((1u << (n - k)) - 1) >> 1;
-  falls |= lanes_above(x, x);
-  store(to + k, x == x ? x : infinity, n - k);
-  return !falls;
+// An integer as wide as a lane.
+template <class A>
+using lane_int = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+template <class I>
+vec<I> load_ints(const I* p) {
+  vec<I> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class I>
+void store_ints(I* p, vec<I> x) {
+  std::memcpy(p, &x, sizeof x);
 }
 
-// Sorted values, searched without a branch: 16 of them are compared at once. Level 0 has all, level
-// l + 1 the last one of every full node of level l.
+// These values will be read, or written, soon: the hardware does not foresee the next rays.
+template <bool write = false, class T>
+void prefetch(const T* p, int64_t n) {
+  for (int64_t k = 0; k < n; k += 64 / sizeof(T)) __builtin_prefetch(p + k, write);
+}
+
+// Copies n values; whether none of them decreases.
+template <class T>
+bool copy_sorted(const T* from, int64_t n, accumulator<T>* to) {
+  constexpr int N = kLanes<accumulator<T>>;
+  uint32_t rises = kAllLanes<accumulator<T>>;
+  const auto copy = [&](int64_t k) {
+    const auto x = load(from + k);
+    rises &= lanes_up_to(x, load(from + k + 1));
+    store(to + k, x);
+  };
+  int64_t k = n > N ? n - 1 : 0;
+  for (int64_t i = 0; i + N < k; i += N) copy(i);
+  if (n > N) copy(n - 1 - N);
+  for (; k < n; ++k) {
+    to[k] = widen(from[k]);
+    if (!(to[k] <= widen(from[std::min(k + 1, n - 1)]))) rises = 0;
+  }
+  return rises == kAllLanes<accumulator<T>>;
+}
+
+// Sorted values to be searched: 16 of them are compared at once, after the last ones of all 16.
 template <class A>
-class Tree {
+class Sorted {
  public:
-  static constexpr int kNode = 16;
+  static constexpr int kNode = 16, kAtOnce = 4, kPadding = kAtOnce * kLanes<A>;
 
-  explicit Tree(int64_t n) : n_(n) {
-    int64_t begin = 1;
-    for (; n > kNode; n /= kNode) {
-      levels_.push_back(begin);
-      begin += n / kNode + 1;
-    }
-    levels_.push_back(begin);
-    nodes_.resize(begin + n / kNode + 1);
-  }
+  explicit Sorted(int64_t n) : n_(n), nodes_(n / kNode + 3) {}
 
-  // Where the n values are written, from -1 to n.
+  // Where the n values are written, with two more at -1 and n.
   A* values() { return nodes_[1].value; }
-
-  void grow() {
-    int64_t n = n_;
-    for (size_t l = 0;; ++l) {
-      A* const level = nodes_[levels_[l]].value;
-      const int64_t full = n / kNode;
-      std::fill(level + n, level + (full + 1) * kNode, std::numeric_limits<A>::quiet_NaN());
-      if (l + 1 == levels_.size()) return;
-      A* const next = nodes_[levels_[l + 1]].value;
-      for (int64_t i = 0; i < full; ++i) next[i] = level[i * kNode + kNode - 1];
-      n = full;
+  // They have been.
+  void finish() {
+    const vec<A> none = broadcast(std::numeric_limits<A>::quiet_NaN());
+    for (int j = 0; j < kNode; j += kLanes<A>) store(values() + n_ + j, none);
+  }
+  // For each of n numbers, how many values are in nodes wholly up to it. Reads and writes kPadding
+  // more.
+  void count_in_nodes(const A* x, int64_t n, lane_int<A>* count) const {
+    const Node *const begin = nodes_.data() + 1, *const end = begin + n_ / kNode;
+    if (end - begin > 4 * kNode) {
+      for (int64_t i = 0; i < n; ++i) {
+        const auto above = [](A x, const Node& node) { return x < node.value[kNode - 1]; };
+        count[i] = (std::upper_bound(begin, end, x[i], above) - begin) * kNode;
+      }
+      return;
+    }
+    for (int64_t i = 0; i < n; i += kAtOnce * kLanes<A>) {
+      vec<A> here[kAtOnce];
+      vec<lane_int<A>> counts[kAtOnce] = {};
+      for (int j = 0; j < kAtOnce; ++j) here[j] = load(x + i + j * kLanes<A>);
+      for (const Node* node = begin; node < end; ++node) {
+        const vec<A> last = broadcast(node->value[kNode - 1]);
+        for (int j = 0; j < kAtOnce; ++j) {
+          counts[j] = last <= here[j] ? counts[j] + kNode : counts[j];
+        }
+      }
+      for (int j = 0; j < kAtOnce; ++j) store_ints(count + i + j * kLanes<A>, counts[j]);
     }
   }
-
-  // How many values are not above x, which is a number.
-  int64_t count(A x) const {
-    int64_t i = 0;
-    for (size_t l = levels_.size(); l-- > 0;) {
-      const A* node = nodes_[levels_[l] + i].value;
-      uint32_t above = 1u << kNode;
-      for (int j = 0; j < kNode; j += kLanes<A>) {
-        above |= lanes_above(load(node + j), vec<A>{} + x) << j;
-      }
-      i = i * kNode + __builtin_ctz(above);
+  // How many values are not above x, of which so many are in nodes wholly up to it.
+  int64_t count(int64_t in_nodes, A x) const {
+    const A* const node = nodes_[1].value + in_nodes;
+    uint32_t up_to = 0;
+    for (int j = 0; j < kNode; j += kLanes<A>) {
+      up_to |= lanes_up_to(load(node + j), broadcast(x)) << j;
     }
-    return i;
+    return in_nodes + count_bits(up_to);
   }
 
  private:
@@ -95,10 +117,29 @@ class Tree {
 
   int64_t n_;
   std::vector<Node> nodes_;
-  std::vector<int64_t> levels_;
 };
 
-// The envelopes of a group of rays, whose sums are taken together, and of these one ray at a time.
+// A ray's edges and those of its envelope.
+template <class T>
+struct Edges {
+  using A = accumulator<T>;
+
+  std::vector<A> t;
+  Sorted<A> inner;
+  A first, last;
+  bool sorted, env_sorted;
+
+  Edges(int64_t S, int64_t E) : t(S + 1 + Sorted<A>::kPadding), inner(std::max<int64_t>(E - 1, 0)) {}
+
+  void read(const T* t_row, int64_t S, const T* t_env, int64_t E) {
+    sorted = copy_sorted(t_row, S + 1, t.data());
+    env_sorted = copy_sorted(t_env, E + 1, inner.values() - 1);
+    first = inner.values()[-1], last = inner.values()[std::max<int64_t>(E - 1, 0)];
+    inner.finish();
+  }
+};
+
+// The envelopes of a group of rays.
 template <class T, bool clamp>
 class Envelope {
  public:
@@ -110,13 +151,22 @@ class Envelope {
         E_(E),
         outside_(outside),
         until_(E + kLanes<A> + 3),
-        tree_(std::max<int64_t>(E - 1, 0)),
-        edges_(S + 1),
-        bins_(S + 1),
-        w_outer_(S),
-        d_bins_(E + 2 * kLanes<A> + 2) {}
+        edges_(kGroup, Edges<T>(S, E)),
+        nodes_(S + 1 + Sorted<A>::kPadding),
+        bins_(S + 2 + kLanes<A>),
+        w_outer_(S + 1),
+        sums_(S + 1 + kLanes<A>),
+        last_rows_(E + kTooFar) {
+    bins_[0] = -2;
+  }
 
-  // Sums the weights of so many rays.
+  // Reads the edges of so many rays. What one ray's search reads has been written long before.
+  void read_edges(const T* t, const T* t_env, int rays) {
+    for (int i = 0; i < rays; ++i) {
+      edges_[i].read(t + i * (S_ + 1), S_, t_env + i * (E_ + 1), E_);
+    }
+  }
+  // Sums their weights.
   void add_up(const T* w_env, int rays) {
     const int in_first = std::min(rays, kRays<A>);
     const Rays<const T> halves[] = {{w_env, E_, in_first},
@@ -132,57 +182,47 @@ class Envelope {
     for (int h = 0; h < 2; ++h) until_[E_ + 2].half[h] = until_[E_ + 3].half[h] = sums[h];
   }
 
-  // Finds the bins of the edges of a ray of the group, and the bounds of its samples.
+  // Finds the bins of the edges of one of these rays, and the bounds of its samples.
   void locate(int ray, const T* t, const T* t_env) {
-    sorted_ = copy_edges(t, S_ + 1, edges_.data());
-    A* const inner = tree_.values();
-    const bool env_sorted = copy_edges(t_env, E_ + 1, inner - 1);
-    const A first = inner[-1], last = inner[std::max<int64_t>(E_ - 1, 0)];
-    if (!env_sorted) return locate_by_bisection(ray, t, t_env);
-    tree_.grow();
+    const Edges<T>& edges = edges_[ray];
+    sorted_ = edges.sorted && edges.env_sorted;
+    if (!sorted_) return locate_by_bisection(ray, t, t_env);
+    const A *const t_here = edges.t.data(), first = edges.first, last = edges.last;
+    const int64_t S = S_;
+    const bool is_zero = outside_ == kOutsideZero;
+    lane_int<A>*const nodes = nodes_.data(), *const bins = bins_.data() + 1;
+    edges.inner.count_in_nodes(t_here, S_ + 1, nodes);
+    A* const w_outer = w_outer_.data() + 1;
+    const double* const until = sums_until(ray);
     double before = 0;
-    for (int64_t i = 0; i <= S_; ++i) {
-      const A x = edges_[i];
-      int64_t bin = 1 + tree_.count(x);
-      if (!clamp) bin += (outside_ == kOutsideZero && !(last > x)) - (first > x);
-      bins_[i] = bin;
-      if (i > 0) w_outer_[i - 1] = static_cast<A>(sum_until(bin + 1, ray) - before);
-      before = sum_until(bin, ray);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < S + 1; ++i) {
+      int64_t bin = edges.inner.count(nodes[i], t_here[i]);
+      if (!clamp) bin += (is_zero && !(last > t_here[i])) - (first > t_here[i]);
+      bins[i] = bin;
+      const double* const here = until + bin * kGroup;
+      w_outer[i - 1] = static_cast<A>(here[kGroup] - before);
+      before = here[0];
     }
   }
-  const A* w_outer() const { return w_outer_.data(); }
+  const A* w_outer() const { return w_outer_.data() + 1; }
 
-  // The gradient to w_env of the ray that was located last. A bin bounds the samples on either side
-  // of every edge in it, or else the one that spans it: no more are added up.
-  void store_gradient(const A* d_outer,  // [S]
-                      T* d_w_env) {      // [E]
-    if (!sorted_) return store_gradient_of_differences(d_outer, d_w_env);
-    A* const d_bins = d_bins_.data();
-    std::fill(d_bins, d_bins + bins_[0], A(0));
-    double here = 0;
-    A d_before = 0;
-    for (int64_t i = 0, bin_before = -1; i <= S_; ++i) {
-      const int64_t bin = bins_[i], next = i < S_ ? bins_[i + 1] : E_ + 1;
-      const A d_behind = i < S_ ? d_outer[i] : A(0);
-      here = (bin == bin_before ? here : d_before) + d_behind;
-      d_bins[bin] = static_cast<A>(here);
-      // what is written too far is overwritten
-      int64_t k = bin + 1;
-      do {
-        store(d_bins + k, vec<A>{} + d_behind);
-        k += kLanes<A>;
-      } while (k < next);
-      bin_before = bin;
-      d_before = d_behind;
-    }
-    int64_t k = 0;
-    for (; k + kLanes<A> <= E_; k += kLanes<A>) store(d_w_env + k, load(d_bins + 1 + k));
-    store(d_w_env + k, load(d_bins + 1 + k, E_ - k), E_ - k);
+  // The gradient to w_env of the ray that was located last, ray r of those up to `end` that a thread
+  // stores in this order.
+  void store_gradient_of(int64_t r, int64_t end,
+                         const A* d_outer,  // [-1 .. S + kLanes], 0 where there is no sample
+                         T* d_w_env) {      // [R, E]
+    T* const row = d_w_env + r * E_;
+    if ((end - 1 - r) * E_ >= kTooFar) return store_gradient(d_outer, row);
+    store_gradient(d_outer, last_rows_.data());
+    std::copy_n(last_rows_.data(), E_, row);
   }
 
  private:
+  static constexpr int kTooFar = kLanes<A> + 1;
+
   using HalfSums = doubles<kRays<A>>;
-  struct alignas(64) Sums {
+  struct alignas(2 * sizeof(HalfSums)) Sums {
     HalfSums half[2];
   };
 
@@ -194,14 +234,67 @@ class Envelope {
       until.half[h] = sums[h];
     }
   }
-  // The weight before a bin.
-  double sum_until(int64_t bin, int ray) const {
-    return reinterpret_cast<const double*>(&until_[bin])[ray];
+
+  // A bin bounds the samples on either side of every edge in it, or else the one that spans it: no
+  // more are added up. Up to kTooFar values behind the row are written.
+  void store_gradient(const A* d_outer,  // [-1 .. S + kLanes], 0 where there is no sample
+                      T* d_w_env) {      // [E]
+    if (!sorted_) return store_gradient_of_differences(d_outer, d_w_env);
+    add_up_bins(d_outer);
+    const int64_t S = S_, E = E_;
+    const lane_int<A>* const bins = bins_.data() + 1;
+    const A* const sums = sums_.data();
+    int64_t k = 0, next = bins[0];
+    // what is written too far is overwritten
+    const auto fill = [&](A x) {
+      do {
+        store(d_w_env + k, broadcast(x));
+        k += kLanes<A>;
+      } while (k < next);
+    };
+    fill(A(0));
+    for (int64_t i = 0; i <= S; ++i) {
+      k = next;
+      next = i < S ? bins[i + 1] : E;
+      if (clamp || (k >= 0 && k < E)) d_w_env[k] = narrow<T>(sums[i]);
+      ++k;
+      fill(d_outer[i]);
+    }
+  }
+
+  // Of a ray of the group, the weight before each bin.
+  const double* sums_until(int ray) const {
+    return reinterpret_cast<const double*>(&until_[1]) + ray;
+  }
+
+  // For each edge, the sum over the samples on either side of the edges of its bin so far.
+  void add_up_bins(const A* d_outer) {
+    double carry = 0;
+    for (int64_t i = 0; i <= S_; i += kLanes<A>) {
+      auto same = load_ints(&bins_[i + 1]) == load_ints(&bins_[i]);
+      vec<A> sum = load(d_outer + i) + mask(load(d_outer + i - 1), ~same);
+      add_up_lanes<1>(sum, same);
+      const double last = sum[kLanes<A> - 1];
+      store(&sums_[i], sum + mask(broadcast(static_cast<A>(carry)), same));
+      carry = same[kLanes<A> - 1] ? carry + last : last;
+    }
+  }
+  template <int places, class M>
+  static void add_up_lanes(vec<A>& sum, M& same) {
+    if constexpr (places < kLanes<A>) {
+      sum += mask(shift_up<places>(sum), same);
+      same &= window<kLanes<A> - places>(~M{}, same);
+      add_up_lanes<2 * places>(sum, same);
+    }
+  }
+  template <class M>
+  static vec<A> mask(vec<A> x, M m) {
+    return (vec<A>)((M)x & m);
   }
 
   // What torch.searchsorted does, also where its result depends on the way.
   __attribute__((noinline)) void locate_by_bisection(int ray, const T* t, const T* t_env) {
-    sorted_ = false;
+    lane_int<A>* const bins = bins_.data() + 1;
     for (int64_t i = 0; i <= S_; ++i) {
       int64_t begin = 0, end = E_ + 1;
       while (begin < end) {
@@ -213,17 +306,19 @@ class Envelope {
         }
       }
       const int64_t last = outside_ == kOutsideZero ? E_ + 1 : E_;
-      bins_[i] = std::max(std::min(begin, last), int64_t{clamp});
+      bins[i] = std::max(std::min(begin, last), int64_t{clamp}) - 1;
     }
+    const double* const until = sums_until(ray);
     for (int64_t i = 0; i < S_; ++i) {
-      w_outer_[i] = static_cast<A>(sum_until(bins_[i + 1] + 1, ray) - sum_until(bins_[i], ray));
+      w_outer_[i + 1] = static_cast<A>(until[(bins[i + 1] + 1) * kGroup] - until[bins[i] * kGroup]);
     }
   }
   __attribute__((noinline)) void store_gradient_of_differences(const A* d_outer, T* d_w_env) {
+    const lane_int<A>* const bins = bins_.data() + 1;
     std::vector<double> steps(E_ + 3);
     for (int64_t i = 0; i < S_; ++i) {
-      steps[bins_[i]] += d_outer[i];
-      steps[bins_[i + 1] + 1] -= d_outer[i];
+      steps[bins[i] + 1] += d_outer[i];
+      steps[bins[i + 1] + 2] -= d_outer[i];
     }
     double sum = steps[0];
     for (int64_t k = 0; k < E_; ++k) d_w_env[k] = narrow<T>(static_cast<A>(sum += steps[k + 1]));
@@ -232,10 +327,10 @@ class Envelope {
   int64_t S_, E_, outside_;
   bool sorted_ = true;
   std::vector<Sums> until_;
-  Tree<A> tree_;
-  std::vector<A> edges_;
-  std::vector<int64_t> bins_;
-  std::vector<A> w_outer_, d_bins_;
+  std::vector<Edges<T>> edges_;
+  std::vector<lane_int<A>> nodes_, bins_;  // bins from -1
+  std::vector<A> w_outer_, sums_;  // w_outer from -1
+  std::vector<T> last_rows_;
 };
 
 }  // namespace rayfuse

@@ -39,9 +39,14 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, int64_t E, int
   Envelope<T, clamp> envelope(S, E, outside);
   for (int64_t first = begin; first < end; first += envelope.kGroup) {
     const int count = std::min<int64_t>(envelope.kGroup, end - first);
+    envelope.read_edges(t + first * (S + 1), t_env + first * (E + 1), count);
     envelope.add_up(w_env + first * E, count);
     for (int j = 0; j < count; ++j) {
-      const int64_t r = first + j;
+      const int64_t r = first + j, later = std::min(r + envelope.kGroup, end - 1);
+      prefetch(t + later * (S + 1), S + 1);
+      prefetch(w + later * S, S);
+      prefetch(t_env + later * (E + 1), E + 1);
+      prefetch(w_env + later * E, E);
       envelope.locate(j, t + r * (S + 1), t_env + r * (E + 1));
       using Sums = doubles<kLanes<A>>;
       Sums sums = {};
@@ -69,20 +74,28 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, int64_t E, 
                               T* d_w_env) {                  // [R, E] or null
   using A = accumulator<T>;
   Envelope<T, clamp> envelope(S, E, outside);
-  std::vector<A> d_outer(S);
+  std::vector<A> d_outer(S + 1 + 2 * kLanes<A>);
   for (int64_t first = begin; first < end; first += envelope.kGroup) {
     const int count = std::min<int64_t>(envelope.kGroup, end - first);
+    envelope.read_edges(t + first * (S + 1), t_env + first * (E + 1), count);
     envelope.add_up(w_env + first * E, count);
     for (int j = 0; j < count; ++j) {
-      const int64_t r = first + j;
+      const int64_t r = first + j, later = std::min(r + envelope.kGroup, end - 1);
+      prefetch(t + later * (S + 1), S + 1);
+      prefetch(w + later * S, S);
+      prefetch(t_env + later * (E + 1), E + 1);
+      if (d_w_env) prefetch<true>(d_w_env + later * E, E);
+      prefetch(w_env + later * E, E);
       const A scale = d_loss[r] / std::max<int64_t>(S, 1);
       envelope.locate(j, t + r * (S + 1), t_env + r * (E + 1));
       for_each_register<A>(S, [&](int64_t i, int64_t n) {
         const Uncovered<A> here(load(w + r * S + i, n), load(envelope.w_outer() + i, n), eps);
         if (d_w) store(d_w + r * S + i, scale * (here.u * (2 - here.u)), n);
-        store(d_outer.data() + i, -2 * scale * here.u, n);
+        store(d_outer.data() + 1 + i, -2 * scale * here.u);
       });
-      if (d_w_env) envelope.store_gradient(d_outer.data(), d_w_env + r * E);
+      if (d_w_env) {
+        envelope.store_gradient_of(r, end, d_outer.data() + 1, d_w_env);
+      }
     }
   }
 }

@@ -17,9 +17,13 @@ RAYFUSE_KERNEL void bounds(int64_t begin, int64_t end, int64_t S, int64_t E, int
   Envelope<T, clamp> envelope(S, E, outside);
   for (int64_t first = begin; first < end; first += envelope.kGroup) {
     const int count = std::min<int64_t>(envelope.kGroup, end - first);
+    envelope.read_edges(t + first * (S + 1), t_env + first * (E + 1), count);
     envelope.add_up(w_env + first * E, count);
     for (int i = 0; i < count; ++i) {
-      const int64_t r = first + i;
+      const int64_t r = first + i, later = std::min(r + envelope.kGroup, end - 1);
+      prefetch(t + later * (S + 1), S + 1);
+      prefetch(t_env + later * (E + 1), E + 1);
+      prefetch(w_env + later * E, E);
       envelope.locate(i, t + r * (S + 1), t_env + r * (E + 1));
       std::copy_n(envelope.w_outer(), S, w_outer + r * S);
     }
@@ -33,10 +37,22 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, int64_t E, 
                               const T* t,                     // [R, S+1]
                               const T* t_env,                 // [R, E+1]
                               T* d_w_env) {                   // [R, E]
+  using A = accumulator<T>;
   Envelope<T, clamp> envelope(S, E, outside);
-  for (int64_t r = begin; r < end; ++r) {
-    envelope.locate(0, t + r * (S + 1), t_env + r * (E + 1));
-    envelope.store_gradient(d_outer + r * S, d_w_env + r * E);
+  std::vector<A> d_outer_here(S + 1 + kLanes<A>);
+  for (int64_t first = begin; first < end; first += envelope.kGroup) {
+    const int count = std::min<int64_t>(envelope.kGroup, end - first);
+    envelope.read_edges(t + first * (S + 1), t_env + first * (E + 1), count);
+    for (int i = 0; i < count; ++i) {
+      const int64_t r = first + i, later = std::min(r + envelope.kGroup, end - 1);
+      prefetch(t + later * (S + 1), S + 1);
+      prefetch(t_env + later * (E + 1), E + 1);
+      prefetch<true>(d_w_env + later * E, E);
+      prefetch(d_outer + later * S, S);
+      envelope.locate(i, t + r * (S + 1), t_env + r * (E + 1));
+      std::copy_n(d_outer + r * S, S, d_outer_here.data() + 1);
+      envelope.store_gradient_of(r, end, d_outer_here.data() + 1, d_w_env);
+    }
   }
 }
 

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -165,26 +165,43 @@ void store(T* p, vec<accumulator<T>> x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(x[i]);
 }
 
+// x in every lane. 0 + x would be an instruction, as it is not x where that is -0.
+template <class A>
+vec<A> broadcast(A x) {
+  return x - vec<A>{};
+}
+
 // ---- comparison
 
-// Bit i of the result is set unless a <= b in lane i.
+// Bit i of the result says whether a <= b in lane i.
 template <class V>
-uint32_t lanes_above(V a, V b) {
-  uint32_t bits = 0;
+uint32_t lanes_up_to(V a, V b) {
+  constexpr bool wide = sizeof(a[0]) == 8;
 #if defined(__AVX512F__)
-  constexpr bool wide = sizeof(a[0]) == 8;
-  if constexpr (wide) return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NLE_UQ);
-  if constexpr (!wide) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+  if constexpr (wide) return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ);
+  if constexpr (!wide) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
 #elif defined(__AVX2__)
-  constexpr bool wide = sizeof(a[0]) == 8;
-  if constexpr (wide) {
-    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_NLE_UQ));
-  } else {
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ));
-  }
-#endif
-  for (int i = 0; i < kLanesOf<V>; ++i) bits |= uint32_t{!(a[i] <= b[i])} << i;
+  if constexpr (wide) return _mm256_movemask_pd((__m256d)(a <= b));
+  if constexpr (!wide) return _mm256_movemask_ps((__m256)(a <= b));
+#elif defined(__SSE2__)
+  if constexpr (wide) return _mm_movemask_pd((__m128d)(a <= b));
+  if constexpr (!wide) return _mm_movemask_ps((__m128)(a <= b));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanesOf<V>; ++i) bits |= uint32_t{a[i] <= b[i]} << i;
   return bits;
+#endif
+}
+template <class A>
+constexpr uint32_t kAllLanes = (1u << kLanes<A>) - 1;
+
+// How many of the lowest bits are set, before all that are not.
+inline int count_bits(uint32_t bits) {
+#if defined(__POPCNT__)
+  return __builtin_popcountll(bits);
+#else
+  return __builtin_ctz(~bits);
+#endif
 }
 
 // ---- between lanes
