@@ -70,7 +70,7 @@ class Sorted {
   explicit Sorted(int64_t n) : n_(n), nodes_(n / kNode + 3) {}
 
   // Where the n values are written, with two more at -1 and n.
-  A* values() { return nodes_[1].value; }
+  A* values() { return reinterpret_cast<A*>(nodes_.data()) + kNode; }
   // They have been.
   void finish() {
     const vec<A> none = broadcast(std::numeric_limits<A>::quiet_NaN());

@@ -66,6 +66,7 @@ struct EnvelopeArrays {
 
   A *t, *w, *t_env, *w_env;  // buffers of chip_size
   double *until, *sums;      // [rays, E+3], [rays, S+1]
+  double* more_sums;         // [rays, S+1]
   int* bins;                 // [rays, S+1]
   size_t bytes;
 
@@ -76,13 +77,14 @@ struct EnvelopeArrays {
         w_env(arena.take<A>(chip_size<T>(rays * (E + 1)))),
         until(arena.take<double>(rays * (E + 3))),
         sums(arena.take<double>(rays * (S + 1))),
+        more_sums(arena.take<double>(rays * (S + 1))),
         bins(arena.take<int>(rays * (S + 1))),
         bytes(arena.used) {}
 };
 
 // How many of n values that do not decrease are not above x, as torch.searchsorted finds it.
-template <class X>
-__device__ int count_up_to(const X* values, int n, X x) {
+template <class X, class Y>
+__device__ int count_up_to(const X* values, int n, Y x) {
   int begin = 0, end = n;
   while (begin < end) {
     const int middle = begin + (end - begin) / 2;
@@ -110,7 +112,7 @@ struct Envelope {
 
   const Team<kThreads>& team;
   const int S, E;
-  double *const until, *const sums;
+  double *const until, *const sums, *const more_sums;
   int* const bins;
 
   __device__ Envelope(const Team<kThreads>& team, const EnvelopeArrays<T>& arrays, int S, int E)
@@ -119,6 +121,7 @@ struct Envelope {
         E(E),
         until(arrays.until + team.index * (E + 3)),
         sums(arrays.sums + team.index * (S + 1)),
+        more_sums(arrays.more_sums + team.index * (S + 1)),
         bins(arrays.bins + team.index * (S + 1)) {}
 
   // Running sums of n values: to[i] is the one before value i.
