@@ -43,6 +43,9 @@ using vec = typename vector_of<A>::type;
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
 
+template <class V>
+constexpr int kLanesOf = sizeof(V) / sizeof(std::declval<V>()[0]);
+
 // ---- one value
 
 inline float widen(float x) { return x; }
@@ -256,10 +259,46 @@ inline void finish_stream() {
 #endif
 }
 
-// ---- between lanes
+// x in every lane. 0 + x would be an instruction, as it is not x where that is -0.
+template <class A>
+vec<A> broadcast(A x) {
+  return x - vec<A>{};
+}
 
+// ---- comparison
+
+// Bit i of the result says whether a <= b in lane i.
 template <class V>
-constexpr int kLanesOf = sizeof(V) / sizeof(std::declval<V>()[0]);
+uint32_t lanes_up_to(V a, V b) {
+  constexpr bool wide = sizeof(a[0]) == 8;
+#if defined(__AVX512F__)
+  if constexpr (wide) return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ);
+  if constexpr (!wide) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  if constexpr (wide) return _mm256_movemask_pd((__m256d)(a <= b));
+  if constexpr (!wide) return _mm256_movemask_ps((__m256)(a <= b));
+#elif defined(__SSE2__)
+  if constexpr (wide) return _mm_movemask_pd((__m128d)(a <= b));
+  if constexpr (!wide) return _mm_movemask_ps((__m128)(a <= b));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanesOf<V>; ++i) bits |= uint32_t{a[i] <= b[i]} << i;
+  return bits;
+#endif
+}
+template <class A>
+constexpr uint32_t kAllLanes = (1u << kLanes<A>) - 1;
+
+// How many of the lowest bits are set, before all that are not.
+inline int count_bits(uint32_t bits) {
+#if defined(__POPCNT__)
+  return __builtin_popcountll(bits);
+#else
+  return __builtin_ctz(~bits);
+#endif
+}
+
+// ---- between lanes
 
 // Lane i of the result is lane i + from of low and high laid end to end.
 template <int from, class V>
@@ -358,6 +397,15 @@ V carry_from(V x) {
                                         ? n
                                         : (i / k - lanes) * k + (lanes > 0 ? k - 1 : 0))...);
   }(std::make_integer_sequence<int, n>());
+}
+
+// The 128-bit lane `lane`, as a vector of its own.
+template <int lane, class V>
+auto lane128(V x) {
+  constexpr int k = 16 / sizeof(std::declval<V>()[0]);
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(x, x, (lane * k + i)...);
+  }(std::make_integer_sequence<int, k>());
 }
 
 // Within each 128-bit lane, the low or high halves of a and b, taken in turn `unit` values at a
