@@ -54,11 +54,4 @@ using LeftScan = Scan<A, long_rays, false>;
 template <class A, bool long_rays>
 using RightScan = Scan<A, long_rays, true>;
 
-// The sum of all lanes.
-template <class A, int places = kLanes<A> / 2>
-A sum_lanes(vec<A> x) {
-  if constexpr (places > 0) return sum_lanes<A, places / 2>(x + shift_down<places>(x));
-  return x[0];
-}
-
 }  // namespace rayfuse
