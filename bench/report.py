@@ -138,8 +138,8 @@ def _commit() -> str:
 
 @functools.cache
 def environment() -> dict[str, object]:
-    device = peers.device
-    gpu = {} if device.type == "cpu" else {"gpu": torch.get_device_module(device).get_device_name()}
+    device = torch.get_device_module(peers.device)
+    gpu = {"gpu": device.get_device_name()} if hasattr(device, "get_device_name") else {}
     return dict(
         **gpu,
         cpu=cpuinfo.get_cpu_info()["brand_raw"],

@@ -164,6 +164,7 @@ def test_measuring_on_a_gpu_is_rehearsed_from_the_first_test_to_the_page():
     assert done.returncode == 0, done.stdout + done.stderr
     page = done.stdout.partition("# Results on rehearsal")[2]
     assert "No number on this page is a result." in " ".join(page.split())
+    assert "Measured on: gpu none: a rehearsal" in page
     for stem in STEMS:
         for backend in ("simt", "triton"):
             assert f"| `{stem}` | {backend} | 1 | 0 | 0 |" in page
