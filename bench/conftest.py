@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import harness
+import peers
 import report
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("rayfuse")
+    group.addoption("--device", default="cpu", help="where everything is timed (default: cpu)")
+    group.addoption("--page", type=Path, help="write all tables there, and none into docs/")
+    group.addoption(
+        "--rehearse", action="store_true", help="run, but so short that it tells nothing"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     # its table knows of one contender; the one printed below shows all
     config.option.benchmark_quiet = True
+    peers.device = torch.device(config.option.device)
+    report.own_page = config.option.page
+
+
+def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) -> None:
+    if collector.config.option.rehearse and isinstance(obj, type) and "Bench" in name:
+        harness.rehearse(obj)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

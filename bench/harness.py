@@ -8,6 +8,7 @@ reference.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -63,10 +64,12 @@ class Turns:
         self.turn_seconds = self.calls * estimate
 
     def _timed(self) -> float:
-        call = self.call
+        call, synchronize = self.call, torch.get_device_module(peers.device).synchronize
+        synchronize()
         start = time.perf_counter()
         for _ in range(self.calls):
             call()
+        synchronize()
         return (time.perf_counter() - start) / self.calls
 
     @property
@@ -105,10 +108,22 @@ class Streaming:
     """torch.add over three arrays of 64 MB."""
 
     def __init__(self) -> None:
-        self.a, self.b, self.out = (torch.ones(STREAM_VALUES) for _ in range(3))
+        ones = functools.partial(torch.ones, STREAM_VALUES, device=peers.device)
+        self.a, self.b, self.out = ones(), ones(), ones()
 
     def __call__(self) -> None:
         torch.add(self.a, self.b, out=self.out)
+
+
+def extra_megabytes(call: Callable[[], Any]) -> float:
+    """What a call takes beyond what is there, results included."""
+    memory = torch.get_device_module(peers.device)
+    if not hasattr(memory, "max_memory_allocated"):
+        return peak_extra_megabytes(call)
+    before = memory.memory_allocated()
+    memory.reset_peak_memory_stats()
+    call()
+    return (memory.max_memory_allocated() - before) / 1e6
 
 
 def relative_errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
@@ -121,6 +136,28 @@ def relative_errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[
 
 def direction_name(wants: Sequence[str]) -> str:
     return f"forward + backward to {' and '.join(wants)}" if wants else "forward"
+
+
+class StandIn:
+    """What is asked of torch.cuda, answered where there is no GPU."""
+
+    def __getattr__(self, name: str) -> Callable[[], Any]:
+        answers = dict(get_device_name="none: a rehearsal", synchronize=None)
+        memory = dict.fromkeys(("memory_allocated", "max_memory_allocated"), 1 << 20)
+        answer = {**answers, **memory, "reset_peak_memory_stats": None}[name]
+        return lambda: answer
+
+
+def rehearse(bench: type[Bench]) -> None:
+    """Make a bench so short that its numbers mean nothing, on a GPU that is not there."""
+    torch.get_device_module = lambda device: StandIn()
+    global TURN_SECONDS, TEST_SECONDS, STREAM_VALUES, STREAM_BYTES
+    TURN_SECONDS, TEST_SECONDS, STREAM_VALUES = 1e-4, 1e-2, 1 << 10
+    STREAM_BYTES = 12 * STREAM_VALUES
+    bench.workloads = [replace(bench.workloads[0], leading=(16,))]
+    bench.peers = [peer for peer in bench.peers if not peer.name.startswith("compile")]
+    letter, values, _, along = bench.growth
+    bench.growth = letter, values[:2], (16,), along
 
 
 class Bench:
@@ -149,7 +186,8 @@ class Bench:
     def inputs(self, workload: Workload) -> dict[str, Tensor]:
         spec = self.op.op
         samples = spec.sample(workload.leading, workload.dtype, **workload.sizes)
-        inputs = dict(zip(spec.inputs, samples, strict=True))
+        moved = [x.to(peers.device) for x in samples]
+        inputs = dict(zip(spec.inputs, moved, strict=True))
         if workload.narrow:
             inputs |= {name: inputs[name].to(workload.narrow) for name in spec.narrow}
         return {name: x for name, x in inputs.items() if self.options.get(name, x) is not None}
@@ -159,9 +197,9 @@ class Bench:
         spec = self.op.op
         if spec.is_loss:
             return None
-        dtype = torch.promote_types(workload.dtype, torch.float32)
+        dtype, sizes = torch.promote_types(workload.dtype, torch.float32), self._sizes(workload)
         return [
-            torch.rand(array.shape(workload.leading, self._sizes(workload)), dtype=dtype)
+            torch.rand(array.shape(workload.leading, sizes), dtype=dtype, device=peers.device)
             for array in spec.signature.outputs
         ]
 
@@ -199,9 +237,13 @@ class Bench:
         return 2 * forward + sum(inputs[name] for name in wants) if wants else forward
 
     def contenders(self) -> list[peers.Peer]:
-        sets = [f"cpu.{isa}" for isa in backend.isas()[:-1]]
-        call = self.closed(self.op)
-        slower = [peers.ours(call, f"rayfuse {name[4:]}", name) for name in sets]
+        call, device = self.closed(self.op), peers.device.type
+        others = {isa: f"cpu.{isa}" for isa in backend.isas()[:-1]}
+        if device != "cpu":
+            # the best one is the default
+            names = self.op.op.kernels.available(device)[1:]
+            others = {name: name for name in names if name != "ref"}
+        slower = [peers.ours(call, f"rayfuse {what}", name) for what, name in others.items()]
         return [peers.ours(call), *slower, *self.peers]
 
     def truth(
@@ -268,7 +310,7 @@ class Bench:
                 row.ms = turns[row.contender].median * 1e3
                 row.gb_per_s = moved / row.ms / 1e6
                 row.times_limit = row.ms / 1e3 / (moved / bandwidth)
-                row.memory_mb = peak_extra_megabytes(turns[row.contender].call)
+                row.memory_mb = extra_megabytes(turns[row.contender].call)
             row.streaming_gb_per_s = bandwidth / 1e9
             report.add(row)
         benchmark.extra_info |= dict(
@@ -290,7 +332,7 @@ class Bench:
             for name, turn in reversed(turns.items()):
                 table = f"growth with {letter}, {direction_name(wants)}, {leading[0]} rays"
                 row = report.Row(self.stem, table, str(value), name, ms=turn.median * 1e3)
-                row.memory_mb = peak_extra_megabytes(turn.call)
+                row.memory_mb = extra_megabytes(turn.call)
                 report.add(row)
 
     def test_call_overhead(self) -> None:
@@ -304,7 +346,7 @@ class Bench:
         inputs = [*named.values()]
         wanted = [x for x in inputs if x.requires_grad]
         needs = spec.needs([i for i, name in enumerate(spec.inputs) if name in self.directions[1]])
-        raw = spec.kernels.choose("cpu")
+        raw = spec.kernels.choose(peers.device.type)
 
         def arguments(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
             given = dict(zip(named, tensors, strict=True))

@@ -17,6 +17,9 @@ from torch import Tensor
 
 import rayfuse
 
+# where everything is timed (`--device`)
+device = torch.device("cpu")
+
 Call = Callable[[], tuple[Tensor, ...]]
 Loss = Callable[[], Tensor | tuple[Tensor, ...]]
 
@@ -46,6 +49,8 @@ class Peer:
         """Why the peer does not run, or None."""
         if self.module and importlib.util.find_spec(self.module) is None:
             return f"{self.module} is not installed"
+        if self.module == "numba" and device.type != "cpu":
+            return "its loops run on the CPU"
         missing = [name for name in wants if self.gradients and name not in self.gradients]
         if missing:
             return f"no gradient to {', '.join(missing)}"

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+import peers
 from rayfuse import backend
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,8 @@ class Row:
 _rows: list[Row] = []
 # op -> its page under docs/
 pages: dict[str, str] = {}
+# one for all instead (`--page`), with the rows beside it
+own_page: Path | None = None
 
 
 def add(row: Row) -> None:
@@ -67,7 +70,7 @@ def finish() -> Iterator[str]:
     """Write everything down; yields the lines of the tables that this run has touched."""
     if not _rows:
         return
-    path = RESULTS / f"{_file_name()}.json"
+    path = own_page.with_suffix(".json") if own_page else RESULTS / f"{_file_name()}.json"
     stored = json.loads(path.read_text())["rows"] if path.exists() else []
     merged = {_key(row): row for row in [*(Row(**row) for row in stored), *_rows]}
     # a run of everything settles the order, a run of some keeps it
@@ -79,6 +82,7 @@ def finish() -> Iterator[str]:
     path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n')
 
     touched = {(row.op, row.table) for row in _rows}
+    whole: list[str] = []
     for op, of_op in groupby(rows, lambda row: row.op):
         page: list[str] = []
         for title, group in groupby(of_op, lambda row: row.table):
@@ -87,12 +91,15 @@ def finish() -> Iterator[str]:
             if (op, title) in touched:
                 yield from ("", f"{op}: {title}", *text)
             plot = f"{op}_{re.sub(r'[^a-zA-Z]+', '_', title.partition(',')[0])}.svg"
-            if table.plot(ROOT / "docs" / plot):
+            if not own_page and table.plot(ROOT / "docs" / plot):
                 text = [*text, "", f"![{title}]({plot})"]
             page += [f"### {title[0].upper()}{title[1:]}", "", *text, ""]
-        if op in pages:
+        whole += [f"## `{op}`", "", *page]
+        if op in pages and not own_page:
             _insert(ROOT / "docs" / f"{pages[op]}.md", op, page)
-    yield from ("", f"written: {path.relative_to(ROOT)}, and docs/")
+    if own_page:
+        own_page.write_text("\n".join([f"Measured on: {_used()}.", "", *whole]))
+    yield from ("", f"written: {path}, and {own_page or 'docs/'}")
 
 
 def _insert(page: Path, op: str, lines: list[str]) -> None:
@@ -103,8 +110,12 @@ def _insert(page: Path, op: str, lines: list[str]) -> None:
         text = f"{text.rstrip()}\n\n## `{op}`, measured\n\n{begin}{end}\n"
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
-    used = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in environment().items())
-    page.write_text("\n".join([head + begin, f"Measured on: {used}.", "", *lines[:-1], end + tail]))
+    measured = f"Measured on: {_used()}."
+    page.write_text("\n".join([head + begin, measured, "", *lines[:-1], end + tail]))
+
+
+def _used() -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in environment().items())
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -127,7 +138,10 @@ def _commit() -> str:
 
 @functools.cache
 def environment() -> dict[str, object]:
+    device = torch.get_device_module(peers.device)
+    gpu = {"gpu": device.get_device_name()} if hasattr(device, "get_device_name") else {}
     return dict(
+        **gpu,
         cpu=cpuinfo.get_cpu_info()["brand_raw"],
         threads=torch.get_num_threads(),
         instruction_set=backend.isa(),

@@ -52,7 +52,9 @@ def pytest_runtest_logreport(report):
 
 def device_of(name):
     """The device whose tensors a backend is tested with here."""
-    return "cuda" if name in ("cuda", "triton") and name not in EMULATED else "cpu"
+    if name in EMULATED or name not in ("cuda", "triton"):
+        return "cpu"
+    return "cuda" if name == "cuda" or torch.cuda.is_available() else "xpu"
 
 
 @pytest.fixture

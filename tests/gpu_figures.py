@@ -29,7 +29,12 @@ LIMITS = {
     "100": (228, 64, 32),
     "120": (100, 48, 24),
 }
-TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 # backend -> an op's kernels, and what else decides its figures
 KERNELS = {"triton": "triton_kernels/{}.py", "cuda": "csrc/cuda/{}.cu"}
 TOOLS = {

@@ -134,3 +134,39 @@ def test_every_figure_is_what_is_measured_here():
             for kind in figures.keys() - {"by"}:
                 assert_committed(stem, backend, kind, figures[kind], figures["by"])
                 assert len(figures[kind]) == len(committed[kind])
+
+
+def gpu_sh(*arguments):
+    """bench/gpu.sh where no GPU is seen."""
+    return subprocess.run(
+        [gpu_figures.ROOT / "bench" / "gpu.sh", *arguments],
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_measuring_without_a_gpu_stops_with_one_line():
+    done = gpu_sh()
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench/gpu.sh: torch sees no CUDA GPU")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.skipif(
+    importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed"
+)
+def test_measuring_on_a_gpu_is_rehearsed_from_the_first_test_to_the_page():
+    done = gpu_sh("--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = done.stdout.partition("# Results on rehearsal")[2]
+    assert "No number on this page is a result." in " ".join(page.split())
+    assert "Measured on: gpu none: a rehearsal" in page
+    for stem in STEMS:
+        for backend in ("simt", "triton"):
+            assert f"| `{stem}` | {backend} | 1 | 0 | 0 |" in page
+        assert f"## `{stem}`\n" in page
+    assert page.rstrip().endswith("rehearsed, no result: all is well")
