@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -76,11 +77,23 @@ inline std::vector<int64_t> leading_sizes(const Tensor& x, int trailing) {
   return {sizes.begin(), sizes.end() - trailing};
 }
 
+// How many rays x holds.
+inline int64_t count_rays(const Tensor& x, int trailing) {
+  int64_t rays = 1;
+  for (const int64_t size : leading_sizes(x, trailing)) rays *= size;
+  return rays;
+}
+
 // The gradient of x, uninitialised, or an empty tensor where bit `i` of `needs` is not set.
 inline Tensor empty_gradient(const Tensor& x, int64_t needs, int i) {
   const auto sizes = x.sizes();
   return needs >> i & 1 ? empty(x, {sizes.begin(), sizes.end()}, dtype_of(x))
                         : empty(x, {0}, dtype_of(x));
+}
+// Of an input that may be absent; `like` is one that is not.
+inline Tensor empty_gradient(const std::optional<Tensor>& x, const Tensor& like, int64_t needs,
+                             int i) {
+  return x ? empty_gradient(*x, needs, i) : empty(like, {0}, dtype_of(like));
 }
 
 // Calls f with a value of the element type of x; the engine has checked that it is one of these.
@@ -102,6 +115,11 @@ void dispatch(const Tensor& x, const F& f) {
 template <class T>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
+}
+// Null for a tensor that is absent.
+template <class T>
+const T* data(const std::optional<Tensor>& x) {
+  return x ? data<T>(*x) : nullptr;
 }
 
 // Null for an empty tensor.

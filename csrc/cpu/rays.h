@@ -212,6 +212,12 @@ class RightSum {
   LevelledSum<A, long_rays> sum_;
 };
 
+// The sum of all lanes.
+template <class A, int places = kLanes<A> / 2>
+A sum_lanes(vec<A> x) {
+  if constexpr (places > 0) return sum_lanes<A, places / 2>(x + shift_down<places>(x));
+  return x[0];
+}
 // The sum of all samples: ray r is in lane r.
 template <class A, int places = kLanes<A> / 2>
 vec<A> sum_samples(vec<A> x) {
@@ -223,6 +229,11 @@ vec<A> sum_columns(const Block<A>& x) {
   vec<A> total = x.column[0];
   for (int j = 1; j < kRays<A>; ++j) total += x.column[j];
   return total;
+}
+// The sum of row r is in lane r.
+template <class A>
+vec<A> sum_rows(const Block<A>& x) {
+  return sum_samples<A>(sum_columns(transpose(x)));
 }
 
 }  // namespace rayfuse
