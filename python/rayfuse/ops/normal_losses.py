@@ -19,17 +19,18 @@ __all__ = ["normal_losses", "orientation_loss", "predicted_normal_loss"]
 def normal_losses(
     w: Tensor,
     n: Tensor,
-    n_pred: Tensor | None,
-    d: Tensor | None,
     *,
+    n_pred: Tensor | None = None,
+    d: Tensor | None = None,
     nan: Literal["drop", "propagate"] = "drop",
 ) -> tuple[Tensor, Tensor]:
     """Both losses of Ref-NeRF on normals in one pass: sum_i w_i min(0, n_i . v)^2 with v = -d, and
     sum_i w_i (1 - n_i . n_pred_i).
 
     The first turns visible normals towards the camera, the second ties predicted normals to those
-    of the density. Nothing is normalised. `orientation_loss` and `predicted_normal_loss` compute
-    one of them; so does None for `d` or `n_pred`, the loss of which is then 0.
+    of the density. Nothing is normalised. A loss whose tensor is absent costs nothing and is 0:
+    without d the first, without n_pred the second. `orientation_loss` and `predicted_normal_loss`
+    are each of them alone.
 
     Args:
         w: [..., S] weights of the samples, dimensionless.
@@ -41,7 +42,7 @@ def normal_losses(
 
     Returns:
         orientation_loss and predicted_normal_loss, dimensionless, for unit vectors between 0 and
-        the sum of the weights, or twice that: each 0-d, or [...] with `reduction="none"`. float32
+        the sum of the weights, and twice that: each 0-d, or [...] with `reduction="none"`. float32
         for half precision inputs. Differentiable in all four, twice through the reference.
 
     Raises:
@@ -55,7 +56,7 @@ def normal_losses(
         >>> import torch, rayfuse
         >>> n, n_pred = torch.eye(3)[None], torch.eye(3)[None, [0, 2, 1]]
         >>> d = torch.tensor([[0.6, -0.8, 0.0]])
-        >>> rayfuse.normal_losses(torch.tensor([[0.5, 0.25, 0.25]]), n, n_pred, d)
+        >>> rayfuse.normal_losses(torch.tensor([[0.5, 0.25, 0.25]]), n, n_pred=n_pred, d=d)
         (tensor(0.1800), tensor(0.5000))
     """
     orientation = predicted = w.new_zeros(w.shape[:-1])
@@ -91,7 +92,7 @@ def orientation_loss(
         tensor(0.1800)
     """
     options = dict(nan=nan, reduction=reduction, denominator=denominator)
-    return normal_losses(w, n, None, d, **options)[0]
+    return normal_losses(w, n, d=d, **options)[0]
 
 
 def predicted_normal_loss(
@@ -114,4 +115,4 @@ def predicted_normal_loss(
         tensor(0.5000)
     """
     options = dict(reduction=reduction, denominator=denominator)
-    return normal_losses(w, n, n_pred, None, **options)[1]
+    return normal_losses(w, n, n_pred=n_pred, **options)[1]
