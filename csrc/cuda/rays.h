@@ -175,6 +175,25 @@ struct Team {
     }
     return {before, total};
   }
+
+  // The sum over all of the team, for each of its threads.
+  template <class A>
+  __device__ A sum(A x) const {
+#pragma unroll
+    for (int places = kWarp / 2; places > 0; places /= 2) {
+      x += __shfl_xor_sync(kAllLanes, x, places);
+    }
+    if constexpr (kWarps > 1) {
+      __shared__ A warps[kWarps];
+      __syncthreads();
+      if (lane == 0) warps[rank / kWarp] = x;
+      __syncthreads();
+      x = 0;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) x += warps[i];
+    }
+    return x;
+  }
 };
 
 }  // namespace rayfuse

@@ -1,0 +1,208 @@
+// Losses of a measured depth D: L = sum_i l_i f_i + (D - D_pred)^2 with z = s - D and a bell
+// K = a exp(-z^2 / (2 v)). DS-NeRF: a = 1, v = sigma, f = -log(w + eps) K. Urban Radiance Fields:
+// v = (sigma / 3)^2, a = 1 / sqrt(2 pi v), f = e^2 with e = w - K within sigma of D, w before it
+// and 0 behind. One thread owns a few rays and goes over each once, forward and backward:
+// d_w = -l K / (w + eps), or 2 l e; d_s = l log(w + eps) K z / v, or 2 l e K z / v near D.
+// A ray without a depth is not read. Deng et al. (2022), Rematas et al. (2022); docs/depth.md.
+#include "explog.h"
+#include "rays.h"
+
+#include <cmath>
+#include <numbers>
+
+namespace rayfuse {
+namespace {
+
+template <class A>
+bool is_valid(A depth) {
+  return depth > 0 && depth <= std::numeric_limits<A>::max();
+}
+
+// The first n lanes are 1, the others 0.
+template <class A>
+vec<A> ones(int64_t n) {
+  static constexpr auto kOnes = [] {
+    std::array<A, kLanes<A>> out;
+    out.fill(1);
+    return out;
+  }();
+  return load(kOnes.data(), n);
+}
+
+// kLanes samples of a ray.
+template <bool urban, class T>
+struct Samples {
+  using A = accumulator<T>;
+
+  Samples(double sigma, double eps)
+      : sigma(sigma),
+        eps(eps),
+        curve(-1 / (urban ? sigma * sigma / 9 : sigma)),
+        height(urban ? 3 / (sigma * std::sqrt(2 * std::numbers::pi)) : 1) {}
+
+  // n of which exist
+  void load_at(const T* w, const T* s, const T* lengths, A depth, int64_t n) {
+    const auto get = [n](const T* p) { return n < kLanes<A> ? load(p, n) : load(p); };
+    w_here = get(w);
+    length = lengths ? get(lengths) : ones<A>(std::min<int64_t>(n, kLanes<A>));
+    const vec<A> s_here = get(s);
+    z = s_here - depth;
+    bell = height * exp_of<A>(A(0.5) * curve * z * z);
+    if constexpr (urban) {
+      // a NaN is neither before nor behind
+      bell = s_here < depth - sigma ? vec<A>{} : bell;
+      error = s_here > depth + sigma ? vec<A>{} : w_here - bell;
+    }
+  }
+  vec<A> minus_log() const { return -log_of<A>(w_here + eps); }
+  vec<A> f() const {
+    if constexpr (urban) return error * error;
+    return minus_log() * bell;
+  }
+  vec<A> d_w() const {
+    if constexpr (urban) return 2 * error;
+    return -bell / (w_here + eps);
+  }
+  vec<A> d_s() const {
+    const vec<A> d_bell = curve * z * bell;
+    if constexpr (urban) return -2 * error * d_bell;
+    return minus_log() * d_bell;
+  }
+
+  A sigma, eps;
+  A curve, height;  // -1 / v and a
+  vec<A> w_here, z, length, bell, error;
+};
+
+// Rays begin..end.
+template <bool urban, class T>
+RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, double sigma, double eps,
+                           const T* w,              // [R, S]
+                           const T* s,              // [R, S]
+                           const T* depth,          // [R]
+                           const T* lengths,        // [R, S] or null
+                           const T* depth_pred,     // [R] or null
+                           accumulator<T>* loss) {  // [R]
+  using A = accumulator<T>;
+  Samples<urban, T> here(sigma, eps);
+  for (int64_t r = begin; r < end; r += kRays<A>) {
+    const int count = std::min<int64_t>(kRays<A>, end - r);
+    Block<A> sums = {};
+    vec<A> off = {};
+    for (int i = 0; i < count; ++i) {
+      const A D = widen(depth[r + i]);
+      if (!is_valid(D)) continue;
+      LevelledSum<A, true> sum;
+      for (int64_t k = 0; k < S; k += kLanes<A>) {
+        const int64_t at = (r + i) * S + k;
+        here.load_at(w + at, s + at, lengths ? lengths + at : nullptr, D, S - k);
+        sum.add(here.length * here.f());
+      }
+      sums.column[i] = sum.total();
+      if (depth_pred) off[i] = D - widen(depth_pred[r + i]);
+    }
+    store(loss + r, sum_rows(sums) + off * off, count);
+  }
+}
+
+// Rays begin..end.
+template <bool urban, class T>
+RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, double sigma, double eps,
+                              const accumulator<T>* d_loss,  // [R]
+                              const T* w,                    // [R, S]
+                              const T* s,                    // [R, S]
+                              const T* depth,                // [R]
+                              const T* lengths,              // [R, S] or null
+                              const T* depth_pred,           // [R] or null
+                              T* d_w,                        // [R, S] or null
+                              T* d_s,                        // [R, S] or null
+                              T* d_lengths,                  // [R, S] or null
+                              T* d_depth_pred) {             // [R] or null
+  using A = accumulator<T>;
+  Samples<urban, T> here(sigma, eps);
+  const auto put = [](T* to, vec<A> x, int64_t n) {
+    n < kLanes<A> ? store(to, x, n) : store(to, x);
+  };
+  for (int64_t r = begin; r < end; ++r) {
+    const A D = widen(depth[r]), g = d_loss[r];
+    const bool valid = is_valid(D);
+    for (int64_t k = 0; k < S; k += kLanes<A>) {
+      const int64_t at = r * S + k;
+      if (valid) here.load_at(w + at, s + at, lengths ? lengths + at : nullptr, D, S - k);
+      if (d_w) put(d_w + at, valid ? g * here.length * here.d_w() : vec<A>{}, S - k);
+      if (d_s) put(d_s + at, valid ? g * here.length * here.d_s() : vec<A>{}, S - k);
+      if (d_lengths) put(d_lengths + at, valid ? g * here.f() : vec<A>{}, S - k);
+    }
+    if (d_depth_pred) {
+      d_depth_pred[r] = narrow<T>(valid ? 2 * g * (widen(depth_pred[r]) - D) : A(0));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rayfuse
+
+#include "registration.h"
+
+namespace rayfuse {
+namespace {
+
+Tensor fwd(const Tensor& w, const Tensor& s, const Tensor& depth,
+           const std::optional<Tensor>& lengths, const std::optional<Tensor>& depth_pred,
+           int64_t form, double sigma, double eps) {
+  const int64_t S = w.size(-1);
+  Tensor loss = empty(w, leading_sizes(w, 1), accumulator_dtype(w));
+  dispatch(w, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    const T *w_ptr = data<T>(w), *s_ptr = data<T>(s), *depth_ptr = data<T>(depth),
+            *lengths_ptr = data<T>(lengths), *depth_pred_ptr = data<T>(depth_pred);
+    A* loss_ptr = mutable_data<A>(loss);
+    for_rays<A>(loss.numel(), S, [=](int64_t begin, int64_t end) {
+      as_constant(form == 1, [=](auto urban) {
+        losses<urban>(begin, end, S, sigma, eps, w_ptr, s_ptr, depth_ptr, lengths_ptr,
+                      depth_pred_ptr, loss_ptr);
+      });
+    });
+  });
+  return loss;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& w,
+                                               const Tensor& s, const Tensor& depth,
+                                               const std::optional<Tensor>& lengths,
+                                               const std::optional<Tensor>& depth_pred,
+                                               int64_t form, double sigma, double eps,
+                                               int64_t needs) {
+  const int64_t S = w.size(-1);
+  Tensor d_w = empty_gradient(w, needs, 0), d_s = empty_gradient(s, needs, 1);
+  Tensor d_lengths = empty_gradient(lengths, w, needs, 2);
+  Tensor d_depth_pred = empty_gradient(depth_pred, w, needs, 3);
+  dispatch(w, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    const A* d_loss_ptr = data<A>(d_loss);
+    const T *w_ptr = data<T>(w), *s_ptr = data<T>(s), *depth_ptr = data<T>(depth),
+            *lengths_ptr = data<T>(lengths), *depth_pred_ptr = data<T>(depth_pred);
+    T *d_w_ptr = mutable_data<T>(d_w), *d_s_ptr = mutable_data<T>(d_s),
+      *d_lengths_ptr = mutable_data<T>(d_lengths),
+      *d_depth_pred_ptr = mutable_data<T>(d_depth_pred);
+    for_rays<A>(d_loss.numel(), S, [=](int64_t begin, int64_t end) {
+      as_constant(form == 1, [=](auto urban) {
+        gradients<urban>(begin, end, S, sigma, eps, d_loss_ptr, w_ptr, s_ptr, depth_ptr,
+                         lengths_ptr, depth_pred_ptr, d_w_ptr, d_s_ptr, d_lengths_ptr,
+                         d_depth_pred_ptr);
+      });
+    });
+  });
+  return {d_w, d_s, d_lengths, d_depth_pred};
+}
+
+}  // namespace
+
+RAYFUSE_REGISTER(m) {
+  m.impl("depth_loss", TORCH_BOX(&fwd));
+  m.impl("depth_loss_bwd", TORCH_BOX(&bwd));
+}
+
+}  // namespace rayfuse

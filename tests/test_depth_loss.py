@@ -1,0 +1,164 @@
+"""What only the depth losses know: the published forms, rays without a depth, where bands end."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rayfuse
+from conftest import BACKENDS, device_of
+from contract import Contract
+from rayfuse import backend
+
+NO_DEPTH = (0.0, -1.0, math.inf, -math.inf, math.nan)
+
+
+def ds_nerf(w, s, lengths, depth, sigma):
+    """Deng et al. (2022), eq. 6, one ray: the KL divergence up to a constant, 2 sigma below."""
+    return sum(
+        -math.log(w_i + 1e-7) * math.exp(-((s_i - depth) ** 2) / (2 * sigma)) * l_i
+        for w_i, s_i, l_i in zip(w, s, lengths, strict=True)
+    )
+
+
+def urban(w, s, depth, depth_pred, sigma):
+    """Rematas et al. (2022), eqs. 7 to 9, one ray, the samples of the bands summed."""
+    scale = sigma / 3
+    loss = (depth - depth_pred) ** 2
+    for w_i, s_i in zip(w, s, strict=True):
+        if depth - sigma <= s_i <= depth + sigma:
+            z = (s_i - depth) / scale
+            loss += (w_i - math.exp(-z * z / 2) / (scale * math.sqrt(2 * math.pi))) ** 2
+        elif s_i < depth - sigma:
+            loss += w_i**2
+    return loss
+
+
+class TestDepthLoss(Contract):
+    op = rayfuse.depth_loss
+    # around the 16, 8, 4 and 2 lanes of the registers
+    sizes = tuple({"S": S} for S in (0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 33, 48, 64, 257))
+    typical = {"S": 19}
+    gpu_sizes = ({"S": 128}, {"S": 100}, {"S": 65536})
+    variants = (
+        {"sigma": 0.1},
+        {"sigma": 0.3, "form": "urban"},
+        {"sigma": 0.1, "lengths": None},
+        {"sigma": 0.3, "form": "urban", "lengths": None, "eps": 1e-3},
+        {"sigma": 0.2, "depth_pred": None},
+    )
+
+    def test_values_are_the_published_ones(self, forced_backend, device):
+        w, s, depth, lengths, depth_pred = self.inputs((6,), torch.float64, device)
+        want = [
+            ds_nerf(*rays, 0.2)
+            for rays in zip(*(x.tolist() for x in (w, s, lengths, depth)), strict=True)
+        ]
+        got = rayfuse.ds_nerf_depth_loss(w, s, lengths, depth, sigma=0.2, reduction="none")
+        torch.testing.assert_close(got.cpu(), torch.tensor(want, dtype=got.dtype))
+        want = [
+            urban(*rays, 0.2)
+            for rays in zip(*(x.tolist() for x in (w, s, depth, depth_pred)), strict=True)
+        ]
+        got = rayfuse.urban_radiance_field_depth_loss(
+            w, s, depth, depth_pred, sigma=0.2, reduction="none"
+        )
+        torch.testing.assert_close(got.cpu(), torch.tensor(want, dtype=got.dtype))
+
+    def test_ends_of_the_band_belong_to_it(self, forced_backend, device):
+        # all of these are exact in binary
+        s = torch.tensor([[1.0, 1.25, 1.75, 2.0]], dtype=torch.float64, device=device)
+        depth, sigma = torch.tensor([1.5], dtype=torch.float64, device=device), 0.25
+        for i, f in enumerate((1.0, (1 - 12 * math.exp(-4.5) / math.sqrt(2 * math.pi)) ** 2)):
+            for j, want in ((i, f), (3 - i, 0.0 if i == 0 else f)):
+                w = torch.zeros_like(s)
+                w[0, j] = 1
+                empty = rayfuse.depth_loss(0 * w, s, depth, form="urban", sigma=sigma)
+                base = 12 * math.exp(-4.5) / math.sqrt(2 * math.pi)
+                torch.testing.assert_close(empty.item(), 2 * base**2)
+                loss = rayfuse.depth_loss(w, s, depth, form="urban", sigma=sigma)
+                others = 2 * base**2 if i == 0 else base**2
+                torch.testing.assert_close(loss.item(), want + others)
+
+    @pytest.mark.parametrize("form", ["ds_nerf", "urban"])
+    @pytest.mark.parametrize("bad", NO_DEPTH, ids=str)
+    def test_ray_without_a_depth_is_zero_whatever_it_holds(self, forced_backend, device, form, bad):
+        variant = {"form": form, "sigma": 0.3}
+        clean = self.inputs((4,), device=device)
+        for poison in (1.0, math.nan, math.inf):
+            args = [x.clone() for x in clean]
+            for x in args:
+                x[1] = poison
+            args[2][1] = bad
+            losses, grads = self.gradients(args, variant=variant)
+            assert not losses[0][1].any()
+            assert not any(grad[1].any() for grad in grads)
+            want = self.gradients(clean, variant=variant)
+            rest = [0, 2, 3]
+            self.assert_equal(
+                ([losses[0][rest]], [grad[rest] for grad in grads]),
+                ([want[0][0][rest]], [grad[rest] for grad in want[1]]),
+            )
+
+    def test_mean_is_over_all_rays_unless_told(self, forced_backend, device):
+        args = self.inputs((4,), torch.float64, device)
+        each = self.outputs(args)[0]
+        args[2][1] = 0.0
+        rest = each.sum() - each[1]
+        torch.testing.assert_close(self.call(args), rest / 4)
+        torch.testing.assert_close(self.call(args, denominator=3), rest / 3)
+
+    def test_depth_gets_no_gradient(self, forced_backend, device):
+        args = [x.requires_grad_() for x in self.inputs(device=device)]
+        self.call(args).backward()
+        assert args[2].grad is None and args[0].grad is not None
+
+    def test_weight_of_zero_has_a_finite_loss_and_gradient(self, forced_backend, device):
+        """-log(1e-7), and a slope of 1e7."""
+        w = torch.zeros(1, 1, dtype=torch.float64, device=device, requires_grad=True)
+        s, depth = torch.full_like(w, 2.0).detach(), torch.full_like(w[0], 2.0).detach()
+        loss = rayfuse.depth_loss(w, s, depth, sigma=0.1)
+        torch.testing.assert_close(loss.item(), 7 * math.log(10))
+        torch.testing.assert_close(torch.autograd.grad(loss, w)[0].item(), -1e7)
+
+    @pytest.mark.parametrize("S", [4096, 20000])
+    def test_long_rays(self, forced_backend, device, S):
+        for variant in self.variants[:2]:
+            args = self.inputs((2,), device=device, S=S)
+            self.assert_as_right_as_torch(args, f"at S={S}, {variant}", variant)
+
+    def test_sigma_and_form_are_checked(self):
+        args = self.inputs()
+        with pytest.raises(ValueError, match="sigma must be finite and > 0, got 0"):
+            self.call(args, sigma=0)
+        with pytest.raises(ValueError, match="form must be 'ds_nerf' or 'urban', got 'urf'"):
+            self.call(args, form="urf")
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.lists(
+            st.tuples(
+                st.floats(0, 1e3, width=32), st.floats(0, 100, width=32), st.floats(0, 10, width=32)
+            ),
+            min_size=1,
+            max_size=40,
+        ),
+        st.sampled_from([*NO_DEPTH, 0.5, 2.0, 50.0]),
+        st.sampled_from(["ds_nerf", "urban"]),
+        st.sampled_from([0.25, 1.0, 8.0]),
+    )
+    def test_whatever_comes_is_as_the_reference_has_it(self, samples, depth, form, sigma):
+        w, s, lengths = torch.tensor(samples).T.contiguous()
+        args = [w, s, torch.tensor(depth), lengths, torch.tensor(1.25)]
+        variant = {"form": form, "sigma": sigma}
+        ones = [torch.ones(())]
+        with rayfuse.use_backend("ref"):
+            want = self.gradients([x.double() for x in args], ones, variant)
+        for name in BACKENDS:
+            if backend.reason(name) is None and device_of(name) == "cpu":
+                with rayfuse.use_backend(name):
+                    got = self.gradients(args, ones, variant)
+                for ours, right in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+                    torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4)
