@@ -31,7 +31,8 @@ def normal_losses_fwd_kernel(
 ):
     A: tl.constexpr = orientation_loss_ptr.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    dx, dy, dz = _triple(d_ptr + 3 * r, (r < R) & ORIENTATION, A)
+    if ORIENTATION:
+        dx, dy, dz = _triple((d_ptr + 3 * r)[:, None], (r < R)[:, None], A)
     orientation = tl.zeros([BLOCK_R], A)
     predicted = tl.zeros([BLOCK_R], A)
     for start in range(0, S, BLOCK_S):
@@ -41,7 +42,7 @@ def normal_losses_fwd_kernel(
         w = tl.load(w_ptr + at, mask=here, other=0.0).to(A)
         nx, ny, nz = _triple(n_ptr + 3 * at, here, A)
         if ORIENTATION:
-            away = _away(nx * dx[:, None] + ny * dy[:, None] + nz * dz[:, None], DROP_NAN)
+            away = _away(nx * dx + ny * dy + nz * dz, DROP_NAN)
             orientation += tl.sum(tl.where(here, w * (away * away), 0.0), 1)
         if PREDICTED:
             px, py, pz = _triple(n_pred_ptr + 3 * at, here, A)
@@ -76,9 +77,11 @@ def normal_losses_bwd_kernel(
     BLOCK_S: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    dx, dy, dz = _triple(d_ptr + 3 * r, (r < R) & ORIENTATION, A)
-    g_o = tl.load(d_orientation_loss_ptr + r, mask=(r < R) & ORIENTATION, other=0.0)[:, None]
-    g_p = tl.load(d_predicted_normal_loss_ptr + r, mask=(r < R) & PREDICTED, other=0.0)[:, None]
+    if ORIENTATION:
+        dx, dy, dz = _triple((d_ptr + 3 * r)[:, None], (r < R)[:, None], A)
+        g_o = tl.load(d_orientation_loss_ptr + r, mask=r < R, other=0.0)[:, None]
+    if PREDICTED:
+        g_p = tl.load(d_predicted_normal_loss_ptr + r, mask=r < R, other=0.0)[:, None]
     d_dx = tl.zeros([BLOCK_R], A)
     d_dy = tl.zeros([BLOCK_R], A)
     d_dz = tl.zeros([BLOCK_R], A)
@@ -88,37 +91,41 @@ def normal_losses_bwd_kernel(
         at = (r * S)[:, None] + s
         w = tl.load(w_ptr + at, mask=here, other=0.0).to(A)
         nx, ny, nz = _triple(n_ptr + 3 * at, here, A)
-        px, py, pz = _triple(n_pred_ptr + 3 * at, here & PREDICTED, A)
-        dot = nx * dx[:, None] + ny * dy[:, None] + nz * dz[:, None]
-        away = _away(dot, DROP_NAN)
-        # selected, as what is multiplied with may be NaN where a NaN was dropped
-        turns = here & (away != 0)
-        turn = 2 * g_o * w * away
-        pull = -g_p * w
+        d_w = tl.zeros([BLOCK_R, BLOCK_S], A)
+        d_nx = tl.zeros([BLOCK_R, BLOCK_S], A)
+        d_ny = tl.zeros([BLOCK_R, BLOCK_S], A)
+        d_nz = tl.zeros([BLOCK_R, BLOCK_S], A)
+        if ORIENTATION:
+            away = _away(nx * dx + ny * dy + nz * dz, DROP_NAN)
+            # selected, as what is multiplied with may be NaN where a NaN was dropped
+            turns = here & (away != 0)
+            turn = 2 * g_o * w * away
+            d_w += g_o * (away * away)
+            d_nx += tl.where(turns, turn * dx, 0.0)
+            d_ny += tl.where(turns, turn * dy, 0.0)
+            d_nz += tl.where(turns, turn * dz, 0.0)
+            if NEEDS_D_D:
+                d_dx += tl.sum(tl.where(turns, turn * nx, 0.0), 1)
+                d_dy += tl.sum(tl.where(turns, turn * ny, 0.0), 1)
+                d_dz += tl.sum(tl.where(turns, turn * nz, 0.0), 1)
+        if PREDICTED:
+            px, py, pz = _triple(n_pred_ptr + 3 * at, here, A)
+            pull = -g_p * w
+            d_w += g_p * (1 - (nx * px + ny * py + nz * pz))
+            d_nx += pull * px
+            d_ny += pull * py
+            d_nz += pull * pz
+            if NEEDS_D_N_PRED:
+                _store_triple(d_n_pred_ptr + 3 * at, pull * nx, pull * ny, pull * nz, here)
+        elif NEEDS_D_N_PRED:
+            zero = tl.zeros([BLOCK_R, BLOCK_S], A)
+            _store_triple(d_n_pred_ptr + 3 * at, zero, zero, zero, here)
         if NEEDS_D_W:
-            d_w = g_o * (away * away)
-            if PREDICTED:
-                d_w += g_p * (1 - (nx * px + ny * py + nz * pz))
             tl.store(d_w_ptr + at, d_w, mask=here)
         if NEEDS_D_N:
-            d_n_ptrs = d_n_ptr + 3 * at
-            tl.store(d_n_ptrs, tl.where(turns, turn * dx[:, None], 0.0) + pull * px, mask=here)
-            tl.store(d_n_ptrs + 1, tl.where(turns, turn * dy[:, None], 0.0) + pull * py, mask=here)
-            tl.store(d_n_ptrs + 2, tl.where(turns, turn * dz[:, None], 0.0) + pull * pz, mask=here)
-        if NEEDS_D_N_PRED:
-            pulls = here & PREDICTED
-            d_n_pred_ptrs = d_n_pred_ptr + 3 * at
-            tl.store(d_n_pred_ptrs, tl.where(pulls, pull * nx, 0.0), mask=here)
-            tl.store(d_n_pred_ptrs + 1, tl.where(pulls, pull * ny, 0.0), mask=here)
-            tl.store(d_n_pred_ptrs + 2, tl.where(pulls, pull * nz, 0.0), mask=here)
-        if NEEDS_D_D:
-            d_dx += tl.sum(tl.where(turns, turn * nx, 0.0), 1)
-            d_dy += tl.sum(tl.where(turns, turn * ny, 0.0), 1)
-            d_dz += tl.sum(tl.where(turns, turn * nz, 0.0), 1)
+            _store_triple(d_n_ptr + 3 * at, d_nx, d_ny, d_nz, here)
     if NEEDS_D_D:
-        tl.store(d_d_ptr + 3 * r, d_dx, mask=r < R)
-        tl.store(d_d_ptr + 3 * r + 1, d_dy, mask=r < R)
-        tl.store(d_d_ptr + 3 * r + 2, d_dz, mask=r < R)
+        _store_triple(d_d_ptr + 3 * r, d_dx, d_dy, d_dz, r < R)
 
 
 @triton.jit
@@ -127,6 +134,13 @@ def _triple(ptrs, mask, A: tl.constexpr):
     y = tl.load(ptrs + 1, mask=mask, other=0.0).to(A)
     z = tl.load(ptrs + 2, mask=mask, other=0.0).to(A)
     return x, y, z
+
+
+@triton.jit
+def _store_triple(ptrs, x, y, z, mask):
+    tl.store(ptrs, x, mask=mask)
+    tl.store(ptrs + 1, y, mask=mask)
+    tl.store(ptrs + 2, z, mask=mask)
 
 
 @triton.jit

@@ -40,8 +40,8 @@ def depth_loss(
 
     `form="ds_nerf"`: f = -log(w + eps) exp(-(s - depth)^2 / (2 sigma)), of Depth-supervised NeRF;
     it divides by 2 sigma, not by 2 sigma^2, as nerfstudio does. `form="urban"`: f = (w - N)^2
-    within sigma of the depth, N the normal density at s - depth of standard deviation sigma / 3; w^2
-    before it; 0 behind: of Urban Radiance Fields. `ds_nerf_depth_loss` and
+    within sigma of the depth, N the normal density of standard deviation sigma / 3 at s - depth;
+    w^2 before that; 0 behind: of Urban Radiance Fields. `ds_nerf_depth_loss` and
     `urban_radiance_field_depth_loss` take the arguments of each.
 
     Args:
