@@ -11,19 +11,17 @@
 namespace rayfuse {
 namespace {
 
-enum Form { kDsNerf, kUrban };
-
 // What is the same for all samples, computed on the host.
 template <class A>
 struct Constants {
   A sigma, eps;
   A curve, height;  // -1 / v and a
 
-  Constants(Form form, double sigma, double eps)
+  Constants(bool urban, double sigma, double eps)
       : sigma(static_cast<A>(sigma)),
         eps(static_cast<A>(eps)),
-        curve(static_cast<A>(-1 / (form == kUrban ? sigma * sigma / 9 : sigma))),
-        height(static_cast<A>(form == kUrban ? 3 / (sigma * std::sqrt(2 * std::acos(-1.0))) : 1)) {}
+        curve(static_cast<A>(-1 / (urban ? sigma * sigma / 9 : sigma))),
+        height(static_cast<A>(urban ? 3 / (sigma * std::sqrt(2 * std::acos(-1.0))) : 1)) {}
 };
 
 template <class A>
@@ -32,7 +30,7 @@ __device__ bool is_valid(A depth) {
 }
 
 // f of one sample and its derivatives.
-template <Form form, class A>
+template <bool urban, class A>
 struct Sample {
   A w, z, curve, eps, bell, error = 0;
 
@@ -42,21 +40,19 @@ struct Sample {
         curve(c.curve),
         eps(c.eps),
         bell(c.height * std::exp(A(0.5) * c.curve * z * z)) {
-    if (form == kUrban) {
+    if constexpr (urban) {
       // a NaN is neither before nor behind
       if (s < depth - c.sigma) bell = 0;
       error = s > depth + c.sigma ? A(0) : w - bell;
     }
   }
   __device__ A minus_log() const { return -std::log(w + eps); }
-  __device__ A f() const { return form == kUrban ? error * error : minus_log() * bell; }
-  __device__ A d_w() const { return form == kUrban ? 2 * error : -bell / (w + eps); }
-  __device__ A d_s() const {
-    return (form == kUrban ? -2 * error : minus_log()) * (curve * z * bell);
-  }
+  __device__ A f() const { return urban ? error * error : minus_log() * bell; }
+  __device__ A d_w() const { return urban ? 2 * error : -bell / (w + eps); }
+  __device__ A d_s() const { return (urban ? -2 * error : minus_log()) * (curve * z * bell); }
 };
 
-template <Form form, int kThreads, class T>
+template <bool urban, int kThreads, class T>
 __global__ void __launch_bounds__(kBlock, 1)
     depth_loss_fwd_kernel(int64_t R, int64_t S, int rays_per_block, int tile,
                           Constants<accumulator<T>> constants,
@@ -83,8 +79,8 @@ __global__ void __launch_bounds__(kBlock, 1)
     const A* const lengths_here = lengths ? piece.load(lengths, 1) + own : nullptr;
     __syncthreads();
     const A D = depths[team.index];
-    for (int k = team.rank; is_valid(D) && k < piece.count; k += kThreads) {
-      const A f = Sample<form, A>(w_here[k], s_here[k], D, constants).f();
+    for (int k = team.rank; is_valid(D) && k < piece.count_for(team.index); k += kThreads) {
+      const A f = Sample<urban, A>(w_here[k], s_here[k], D, constants).f();
       sum += lengths ? lengths_here[k] * f : f;
     }
     __syncthreads();
@@ -99,7 +95,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   }
 }
 
-template <Form form, int kThreads, class T>
+template <bool urban, int kThreads, class T>
 __global__ void __launch_bounds__(kBlock, 1)
     depth_loss_bwd_kernel(int64_t R, int64_t S, int rays_per_block, int tile,
                           Constants<accumulator<T>> constants,
@@ -137,10 +133,10 @@ __global__ void __launch_bounds__(kBlock, 1)
     A* const d_s_here = d_s ? piece.room(d_s, 1) : nullptr;
     A* const d_lengths_here = d_lengths ? piece.room(d_lengths, 1) : nullptr;
     __syncthreads();
-    for (int k = team.rank; team.index < piece.rays && k < piece.count; k += kThreads) {
+    for (int k = team.rank; k < piece.count_for(team.index); k += kThreads) {
       const A D = depths[team.index], g = scales[team.index];
       const bool valid = is_valid(D);
-      const Sample<form, A> here(w_here[k], s_here[k], D, constants);
+      const Sample<urban, A> here(w_here[k], s_here[k], D, constants);
       const A scale = lengths ? g * lengths_here[k] : g;
       if (d_w) d_w_here[own + k] = valid ? scale * here.d_w() : A(0);
       if (d_s) d_s_here[own + k] = valid ? scale * here.d_s() : A(0);
@@ -162,20 +158,20 @@ __global__ void __launch_bounds__(kBlock, 1)
 namespace rayfuse {
 namespace {
 
-// Calls f with a constant for the form and one for the threads of a team.
+// Calls f with a flag for the form that templates can take, and how many threads a team has.
 template <class F>
-void choose(int64_t form, bool warps, const F& f) {
-  const auto with_form = [&](auto form_) {
+void choose(bool urban, bool warps, const F& f) {
+  const auto with_threads = [&](auto urban_) {
     if (warps) {
-      f(form_, std::integral_constant<int, kWarp>());
+      f(urban_, std::integral_constant<int, kWarp>());
     } else {
-      f(form_, std::integral_constant<int, kBlock>());
+      f(urban_, std::integral_constant<int, kBlock>());
     }
   };
-  if (form == kUrban) {
-    with_form(std::integral_constant<Form, kUrban>());
+  if (urban) {
+    with_threads(std::true_type());
   } else {
-    with_form(std::integral_constant<Form, kDsNerf>());
+    with_threads(std::false_type());
   }
 }
 
@@ -190,9 +186,9 @@ Tensor fwd(const Tensor& w, const Tensor& s, const Tensor& depth,
     using T = decltype(type);
     using A = accumulator<T>;
     const SamplePlan<T> plan(R, S, 3, 3, device.stream());
-    const Constants<A> constants(static_cast<Form>(form), sigma, eps);
-    choose(form, plan.warps, [&](auto form_, auto threads) {
-      launch(plan.grid, depth_loss_fwd_kernel<form_(), threads(), T>, R, S, plan.rays_per_block,
+    const Constants<A> constants(form == 1, sigma, eps);
+    choose(form == 1, plan.warps, [&](auto urban, auto threads) {
+      launch(plan.grid, depth_loss_fwd_kernel<urban(), threads(), T>, R, S, plan.rays_per_block,
              plan.tile, constants, data<T>(w), data<T>(s), data<T>(depth), data<T>(lengths),
              data<T>(depth_pred), mutable_data<A>(loss));
     });
@@ -215,9 +211,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tenso
     using T = decltype(type);
     using A = accumulator<T>;
     const SamplePlan<T> plan(R, S, 6, 6, device.stream());
-    const Constants<A> constants(static_cast<Form>(form), sigma, eps);
-    choose(form, plan.warps, [&](auto form_, auto threads) {
-      launch(plan.grid, depth_loss_bwd_kernel<form_(), threads(), T>, R, S, plan.rays_per_block,
+    const Constants<A> constants(form == 1, sigma, eps);
+    choose(form == 1, plan.warps, [&](auto urban, auto threads) {
+      launch(plan.grid, depth_loss_bwd_kernel<urban(), threads(), T>, R, S, plan.rays_per_block,
              plan.tile, constants, data<A>(d_loss), data<T>(w), data<T>(s), data<T>(depth),
              data<T>(lengths), data<T>(depth_pred), mutable_data<T>(d_w), mutable_data<T>(d_s),
              mutable_data<T>(d_lengths), mutable_data<T>(d_depth_pred));

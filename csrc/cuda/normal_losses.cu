@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     const A* const n_here = piece.load(n, 3) + 3 * own;
     const A* const p_here = n_pred ? piece.load(n_pred, 3) + 3 * own : nullptr;
     __syncthreads();
-    for (int k = team.rank; team.index < piece.rays && k < piece.count; k += kThreads) {
+    for (int k = team.rank; k < piece.count_for(team.index); k += kThreads) {
       const Vector3<A> normal(n_here + 3 * k);
       if (d) {
         const A away =
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kBlock, 1) normal_losses_bwd_kernel(
     __syncthreads();
     const Vector3<A> direction(directions + 3 * team.index);
     const A g_o = scales[0][team.index], g_p = scales[1][team.index];
-    for (int k = team.rank; team.index < piece.rays && k < piece.count; k += kThreads) {
+    for (int k = team.rank; k < piece.count_for(team.index); k += kThreads) {
       const Vector3<A> normal(n_here + 3 * k), zero(0, 0, 0);
       const Vector3<A> prediction = predicted ? Vector3<A>(p_here + 3 * k) : zero;
       const A w_k = w_here[k], pull = -g_p * w_k;

@@ -35,6 +35,8 @@ struct Piece {
     count = static_cast<int>(min(S - first, int64_t{tile}));
     chip = reinterpret_cast<A*>(shared_memory);
   }
+  // How many samples a team has to do with: it may be one too many.
+  __device__ int count_for(int team) const { return rays > team ? count : 0; }
   // Room for these samples of an array, laid out as they are in memory.
   __device__ A* room(const T* array, int components) {
     A* const here = on_chip(chip, array + offset(components));
