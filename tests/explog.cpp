@@ -66,12 +66,25 @@ void check(const char* name, const F& f, Wide (*right)(Wide), uint64_t step) {
   std::printf("%s %.3f %a\n", name, worst, double(at));
 }
 
+// exp, as far as exp_of_nonpositive promises it.
+template <class Wide, class A>
+Wide exp_of_nonpositive_in(Wide x) {
+  return x < ExpLog<A>::kExpNormal ? 0 : x > 0 ? Wide(NAN) : std::exp(x);
+}
+template <class A>
+vec<A> exp_of_nonpositive_or_nan(vec<A> x) {
+  return x > 0 ? NAN - vec<A>{} : exp_of_nonpositive<A>(x);
+}
+
 int main(int, char** argv) {
   const uint64_t step = std::strtoull(argv[1], nullptr, 10);
   check<float, vec<float> (*)(vec<float>), double>("exp_float", exp_of<float>, std::exp, step);
   check<float, vec<float> (*)(vec<float>), double>("expm1_float", expm1_of<float>, std::expm1,
                                                    step);
   check<float, vec<float> (*)(vec<float>), double>("log_float", log_of<float>, std::log, step);
+  check<float, vec<float> (*)(vec<float>), double>("exp_of_nonpositive_float",
+                                                   exp_of_nonpositive_or_nan<float>,
+                                                   exp_of_nonpositive_in<double, float>, step);
   const uint64_t wide_step = step << 32 | 0x12345;
   check<double, vec<double> (*)(vec<double>), long double>("exp_double", exp_of<double>, std::exp,
                                                            wide_step);
@@ -79,4 +92,7 @@ int main(int, char** argv) {
                                                            std::expm1, wide_step);
   check<double, vec<double> (*)(vec<double>), long double>("log_double", log_of<double>, std::log,
                                                            wide_step);
+  check<double, vec<double> (*)(vec<double>), long double>(
+      "exp_of_nonpositive_double", exp_of_nonpositive_or_nan<double>,
+      exp_of_nonpositive_in<long double, double>, wide_step);
 }

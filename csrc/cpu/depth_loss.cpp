@@ -21,12 +21,11 @@ bool is_valid(A depth) {
 // The first n lanes are 1, the others 0.
 template <class A>
 vec<A> ones(int64_t n) {
-  static constexpr auto kOnes = [] {
-    std::array<A, kLanes<A>> out;
-    out.fill(1);
-    return out;
-  }();
-  return load(kOnes.data(), n);
+  const vec<A> one = A(1) - vec<A>{};
+  if (n >= kLanes<A>) return one;
+  A lanes[kLanes<A>];
+  store(lanes, one);
+  return load(lanes, n);
 }
 
 // kLanes samples of a ray.
@@ -44,10 +43,10 @@ struct Samples {
   void load_at(const T* w, const T* s, const T* lengths, A depth, int64_t n) {
     const auto get = [n](const T* p) { return n < kLanes<A> ? load(p, n) : load(p); };
     w_here = get(w);
-    length = lengths ? get(lengths) : ones<A>(std::min<int64_t>(n, kLanes<A>));
+    length = lengths ? get(lengths) : ones<A>(n);
     const vec<A> s_here = get(s);
     z = s_here - depth;
-    bell = height * exp_of<A>(A(0.5) * curve * z * z);
+    bell = height * exp_of_nonpositive<A>(A(0.5) * curve * z * z);
     if constexpr (urban) {
       // a NaN is neither before nor behind
       bell = s_here < depth - sigma ? vec<A>{} : bell;
