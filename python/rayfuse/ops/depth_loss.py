@@ -66,8 +66,8 @@ def depth_loss(
         TypeError: for dtypes other than float64, float32, bfloat16, float16, or that differ.
 
     Source:
-        Deng et al., Depth-supervised NeRF (2022), eq. 6; Rematas et al., Urban Radiance Fields
-        (2022), eqs. 7 to 9; both as in nerfstudio.
+        Deng et al., Depth-supervised NeRF (2022); Rematas et al., Urban Radiance Fields (2022);
+        both as in nerfstudio.
 
     Example:
         >>> import torch, rayfuse
