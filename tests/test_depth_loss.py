@@ -16,7 +16,7 @@ NO_DEPTH = (0.0, -1.0, math.inf, -math.inf, math.nan)
 
 
 def ds_nerf(w, s, lengths, depth, sigma):
-    """Deng et al. (2022), eq. 6, one ray: the KL divergence up to a constant, 2 sigma below."""
+    """Deng et al. (2022), one ray, with nerfstudio's 2 sigma below."""
     return sum(
         -math.log(w_i + 1e-7) * math.exp(-((s_i - depth) ** 2) / (2 * sigma)) * l_i
         for w_i, s_i, l_i in zip(w, s, lengths, strict=True)
@@ -24,7 +24,7 @@ def ds_nerf(w, s, lengths, depth, sigma):
 
 
 def urban(w, s, depth, depth_pred, sigma):
-    """Rematas et al. (2022), eqs. 7 to 9, one ray, the samples of the bands summed."""
+    """Rematas et al. (2022), one ray, the samples of the bands summed."""
     scale = sigma / 3
     loss = (depth - depth_pred) ** 2
     for w_i, s_i in zip(w, s, strict=True):

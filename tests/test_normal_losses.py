@@ -12,7 +12,7 @@ from rayfuse import backend
 
 
 def as_published(w, n, n_pred, d):
-    """Ref-NeRF (2022), eqs. 10 and 11, sample by sample: v points from the sample to the camera."""
+    """Ref-NeRF (2022), sample by sample: v points from the sample to the camera."""
     orientation, predicted = torch.zeros(2, len(w), dtype=w.dtype)
     for r in range(len(w)):
         for w_i, n_i, p_i in zip(w[r], n[r], n_pred[r], strict=True):

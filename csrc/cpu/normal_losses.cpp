@@ -3,7 +3,7 @@
 // goes over each once, forward and backward, kLanes samples at a time. With g the gradients of the
 // two losses: d_w_i = g_o o_i^2 + g_p (1 - n_i . p_i), d_n_i = 2 g_o w_i o_i d - g_p w_i p_i,
 // d_p_i = -g_p w_i n_i, d_d = sum_i 2 g_o w_i o_i n_i.
-// Verbin et al., Ref-NeRF (2022), eqs. 10 and 11; docs/normals.md.
+// Verbin et al., Ref-NeRF (2022); docs/normals.md.
 #include "rays.h"
 #include "triples.h"
 

@@ -66,8 +66,8 @@ def depth_loss(
         TypeError: for dtypes other than float64, float32, bfloat16, float16, or that differ.
 
     Source:
-        Deng et al., Depth-supervised NeRF (2022), eq. 6; Rematas et al., Urban Radiance Fields
-        (2022), eqs. 7 to 9; both as in nerfstudio.
+        Deng et al., Depth-supervised NeRF (2022); Rematas et al., Urban Radiance Fields (2022);
+        both as in nerfstudio.
 
     Example:
         >>> import torch, rayfuse
@@ -77,10 +77,8 @@ def depth_loss(
     """
     valid = (depth > 0) & depth.isfinite()
     # selected before it is used as well: 0 times what is not finite would be a gradient of NaN
-    w, s, depth, lengths, depth_pred = (
-        x if x is None else torch.where(valid if x.shape == valid.shape else valid[..., None], x, 1)
-        for x in (w, s, depth, lengths, depth_pred)
-    )
+    here = valid[..., None]
+    w, s, depth = torch.where(here, w, 1), torch.where(here, s, 1), torch.where(valid, depth, 1)
     z = s - depth[..., None]
     if form == "ds_nerf":
         f = -torch.log(w + eps) * torch.exp(-z.square() / (2 * sigma))
@@ -90,9 +88,9 @@ def depth_loss(
         # a NaN is neither before nor behind
         before, behind = s < depth[..., None] - sigma, s > depth[..., None] + sigma
         f = torch.where(behind, 0, (w - torch.where(before, 0, density)).square())
-    loss = (f if lengths is None else lengths * f).sum(-1)
+    loss = (f if lengths is None else torch.where(here, lengths, 1) * f).sum(-1)
     if depth_pred is not None:
-        loss = loss + (depth - depth_pred).square()
+        loss = loss + (depth - torch.where(valid, depth_pred, 1)).square()
     return torch.where(valid, loss, 0)
 
 

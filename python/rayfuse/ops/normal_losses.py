@@ -50,7 +50,7 @@ def normal_losses(
         TypeError: for dtypes other than float64, float32, bfloat16, float16, or that differ.
 
     Source:
-        Verbin et al., Ref-NeRF (2022), eqs. 10 and 11.
+        Verbin et al., Ref-NeRF (2022), as in nerfstudio and multinerf.
 
     Example:
         >>> import torch, rayfuse
