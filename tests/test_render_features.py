@@ -85,6 +85,35 @@ class TestRenderFeatures(Contract):
         # d_f itself, as narrow as f
         assert backward < megabytes + 4
 
+    @pytest.mark.parametrize("C", [256, 255])
+    @pytest.mark.parametrize("isa", backend.isas())
+    def test_large_gradient_is_that_of_its_parts(self, isa, C):
+        """From 32 MB on it goes past the cache, to where one was before."""
+        w, f = self.leaves(self.inputs((1100,), S=32, C=C))
+        d_features = torch.rand(1100, C)
+
+        def gradients(begin, end):
+            features = rayfuse.render_features(w[begin:end], f[begin:end])
+            return torch.autograd.grad(features, (w, f), d_features[begin:end])
+
+        with rayfuse.use_backend(f"cpu.{isa}"):
+            d_w, d_f = gradients(0, 1100)
+            parts = [gradients(0, 500), gradients(500, 1100)]
+            again = gradients(0, 1100)
+        assert d_f.nbytes > 32 << 20
+        assert torch.equal(d_w, parts[0][0] + parts[1][0])
+        assert torch.equal(d_f, parts[0][1] + parts[1][1])
+        assert torch.equal(d_f, again[1]) and d_f.data_ptr() != again[1].data_ptr()
+
+    def test_large_gradient_that_nobody_holds_makes_room_for_the_next(self):
+        w, f = self.inputs((1100,), S=32, C=256)
+        d_features, raw = torch.rand(1100, 256), self.spec.kernels.choose("cpu")
+
+        def place():
+            return raw.bwd(d_features, w, f, 2)[1].data_ptr()
+
+        assert len({place() for _ in range(4)}) == 1
+
     @settings(max_examples=60, deadline=None)
     @given(
         st.integers(0, 12),
