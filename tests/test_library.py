@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,24 @@ def test_baseline_library_holds_no_avx():
     assert "movups" in out.stdout
     assert "ymm" not in out.stdout
     assert "zmm" not in out.stdout
+
+
+@pytest.mark.parametrize("isa", backend.isas())
+def test_exp_and_log_are_right_to_a_unit_and_a_half(isa, tmp_path, monkeypatch):
+    """On a grid of all bit patterns, around all powers of two, and where the formulas change."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    flags = f"{build['FLAGS']} {build['ISAS'][isa]}".split()
+    program = tmp_path / "explog"
+    subprocess.run(
+        [build["compiler"](), *flags, ROOT / "tests/explog.cpp", "-o", program], check=True
+    )
+    said = subprocess.run([program, "2999"], capture_output=True, text=True, check=True).stdout
+    errors = {name: float(worst) for name, worst, _ in map(str.split, said.splitlines())}
+    assert errors.keys() == {
+        f"{function}_{type}" for function in ("exp", "expm1", "log") for type in ("float", "double")
+    }
+    assert all(0.5 <= worst < 1.5 for worst in errors.values()), said
 
 
 @pytest.fixture
