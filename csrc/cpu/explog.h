@@ -112,6 +112,20 @@ vec<A> expm1_of(vec<A> x) {
   return x * x < std::numeric_limits<A>::min() ? x : 2 * half;
 }
 
+// Both for x <= 0, at hardly more than the price of one; e^x is 0 where it would be subnormal.
+template <class A>
+struct Decay {
+  explicit Decay(vec<A> x) {
+    constexpr A kMin = std::numeric_limits<A>::min_exponent * A(0.69);
+    const ExpParts<A> parts(x < kMin ? kMin - vec<A>{} : x);
+    const vec<A> scale = power_of_two<A>(parts.n), tail = scale * (parts.r + parts.rest());
+    exp = x < kMin ? vec<A>{} : scale + tail;
+    expm1 = (scale - 1) + tail;
+  }
+
+  vec<A> exp, expm1;
+};
+
 template <class A>
 vec<A> log_of(vec<A> x) {
   using Limits = std::numeric_limits<A>;
