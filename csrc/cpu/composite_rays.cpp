@@ -14,7 +14,7 @@ namespace {
 enum class Depth : int64_t { kExpected, kLogMean, kMedian, kNone };
 
 // So many samples add up in one level: 2^16 lose no more to rounding than a few hundred do.
-constexpr int64_t kPiece = 2048;
+constexpr int64_t kPiece = 512;
 // Interleaved channels are taken apart in registers up to so many.
 constexpr int kFewChannels = 4;
 
@@ -105,7 +105,7 @@ V sum_channels(const V (&x)[C]) {
   }(std::make_integer_sequence<int, C>());
 }
 
-// The sums over the samples: channel c is in lane c of the first register, others hold anything.
+// The sums over the samples, of channel c in lane c, counted over the registers.
 template <int samples, class V, int C>
 void sum_samples_of(V (&x)[C]) {
   if constexpr (samples > 1) {
@@ -160,11 +160,12 @@ void add_few(const accumulator<F>* w, const F* f, int64_t S, accumulator<F>* sum
       const vec<A> w_here = load_some(w + k, S - k);
       each_register<C>([&](auto v) {
         const int64_t at = k * C + v * N;
-        piece[v] += repeat_each<C, v>(w_here) * load_some(f + at, S * C - at);
+        const vec<A> f_here = load_some(f + at, S * C - at);
+        piece[v] = multiply_add(repeat_each<C, v>(w_here), f_here, piece[v]);
       });
     });
     sum_samples_of<N>(piece);
-    for (int c = 0; c < C; ++c) sums[c] += piece[0][c];
+    for (int c = 0; c < C; ++c) sums[c] += piece[c / N][c % N];
   }
 }
 template <class F>
@@ -256,6 +257,27 @@ __attribute__((noinline)) RAYFUSE_KERNEL void feature_gradients(
   gradients_many(w, f, S, C, d_features, products, d_f);
 }
 
+// What stands behind the samples of one ray: nothing, a background, or the last of the samples.
+template <class T, class F>
+const accumulator<T>* behind_samples(const T* background, const F* last_f, int64_t C,
+                                     accumulator<T>* behind) {
+  if (!last_f && !background) return nullptr;
+  for (int64_t c = 0; c < C; ++c) behind[c] = last_f ? widen(last_f[c]) : widen(background[c]);
+  return behind;
+}
+
+// Not inlined, so that products and sums are fused alike whatever the type of f.
+template <class A>
+__attribute__((noinline)) void blend(A light, const A* behind, int64_t C, A* features) {
+  for (int64_t c = 0; c < C; ++c) features[c] += light * behind[c];
+}
+template <class A>
+__attribute__((noinline)) A dot(const A* x, const A* y, int64_t C) {
+  A sum = 0;
+  for (int64_t c = 0; c < C; ++c) sum += x[c] * y[c];
+  return sum;
+}
+
 // ---- the depth of one ray
 
 template <class T>
@@ -295,7 +317,7 @@ struct RayDepth {
     if (kind == Depth::kMedian) {
       // in double, as torch sums
       for (double sum = w[0]; sum < 0.5 && median < S - 1;) sum += w[++median];
-      value = mid[median];
+      value = least = most = mid[median];
       return;
     }
     if (kind == Depth::kExpected) {
@@ -425,6 +447,7 @@ void composite(int64_t begin, int64_t end, const Options& options,
   using A = accumulator<T>;
   const auto [S, C, kind, density, last_sample] = options;
   Rows<A> w_rows(S);
+  std::vector<A> behind(C);
   for (int64_t first = begin; first < end; first += kRays<A>) {
     const int count = std::min<int64_t>(kRays<A>, end - first);
     if (density) {
@@ -443,13 +466,10 @@ void composite(int64_t begin, int64_t end, const Options& options,
       } else {
         std::fill(features + r * C, features + (r + 1) * C, A(0));
       }
-      for (int64_t c = 0; c < C; ++c) {
-        if (last_sample && f && S) {
-          features[r * C + c] += (1 - total) * widen(f[(r * S + S - 1) * C + c]);
-        } else if (background) {
-          features[r * C + c] += (1 - total) * widen(background[r * C + c]);
-        }
-      }
+      const A* light_from = behind_samples(
+          background ? background + r * C : nullptr,
+          last_sample && f && S ? f + (r * S + S - 1) * C : nullptr, C, behind.data());
+      if (light_from) blend(1 - total, light_from, C, features + r * C);
     }
   }
 }
@@ -479,6 +499,7 @@ void gradients(int64_t begin, int64_t end, const Options& options,
   Rows<A> w_rows(S), g_rows(S), d_mid_rows(d.t ? S : 0);
   std::vector<KeptLight<A>> kept(density ? (S + N - 1) / N : 0);
   const std::vector<A> no_gradient(C);
+  std::vector<A> behind(C);
   for (int64_t first = begin; first < end; first += K) {
     const int count = std::min<int64_t>(K, end - first);
     A d_t_first[K] = {}, d_t_last[K] = {};
@@ -495,23 +516,21 @@ void gradients(int64_t begin, int64_t end, const Options& options,
       const A* d_features_r = d_features ? d_features + r * C : no_gradient.data();
       A* const g = g_rows[i];
       F* const d_f = d.f ? d.f + r * S * C : nullptr;
-      const F* const f_last = f && S ? f + (r * S + S - 1) * C : nullptr;
-
+      const bool last_behind = last_sample && f && S;
       if (f) {
         feature_gradients(w_r, f + r * S * C, S, C, d_features_r, g, d_f);
       } else {
         along<A>(0, S, [&](int64_t k) { store(g + k, vec<A>{}); });
       }
       // what all samples have in common
-      A common = d_accumulation ? d_accumulation[r] : A(0);
+      const A* light_from =
+          behind_samples(background ? background + r * C : nullptr,
+                         last_behind ? f + (r * S + S - 1) * C : nullptr, C, behind.data());
+      const A common = (d_accumulation ? d_accumulation[r] : A(0)) -
+                       (light_from ? dot(d_features_r, light_from, C) : A(0));
       for (int64_t c = 0; c < C; ++c) {
-        if (last_sample && f_last) {
-          common -= d_features_r[c] * widen(f_last[c]);
-          if (d_f) {
-            d_f[(S - 1) * C + c] = narrow<F>((w_r[S - 1] + (1 - total)) * d_features_r[c]);
-          }
-        } else if (background) {
-          common -= d_features_r[c] * widen(background[r * C + c]);
+        if (last_behind && d_f) {
+          d_f[(S - 1) * C + c] = narrow<F>((w_r[S - 1] + (1 - total)) * d_features_r[c]);
         }
         if (d.background) d.background[r * C + c] = narrow<T>((1 - total) * d_features_r[c]);
       }

@@ -78,6 +78,29 @@ inline bfloat16 narrow<bfloat16>(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+// ---- arithmetic
+
+// a b + c, rounded once where the instruction set can: the same in every context, while the
+// compiler fuses the operators where it likes.
+template <class V>
+V multiply_add(V a, V b, V c) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, vec<float>>) {
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  } else {
+    return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  }
+#elif defined(__FMA__)
+  if constexpr (std::is_same_v<V, vec<float>>) {
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  } else {
+    return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
+#else
+  return a * b + c;
+#endif
+}
+
 // ---- between memory and a register; with n, only the first n lanes, the others are 0
 
 template <class T>

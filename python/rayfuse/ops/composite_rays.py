@@ -7,11 +7,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..domain import increasing, nonnegative
+from ..domain import Domain, increasing
 from ..op import Op, op
 from .ray_weights import ray_weights
 
 __all__ = ["composite_rays", "Composite", "blend_background", "blend_for_loss"]
+
+# weights or densities
+weight = Domain("be finite or inf, and >= 0", lambda x: x >= 0, lambda u: 3 * u)
 
 # what keeps the mean depth of a ray without weight finite: nerfstudio's, and multinerf's
 _EXPECTED_EPS = 1e-10
@@ -22,7 +25,7 @@ class Composite(NamedTuple):
     """What `composite_rays` returns."""
 
     features: Tensor  # [..., C]
-    depth: Tensor | None  # [...]
+    depth: Tensor  # [...]
     accumulation: Tensor  # [...]
 
 
@@ -51,8 +54,7 @@ class CompositeOp(Op):
 
         @functools.wraps(call)
         def composite_rays(*args: Any, **named: Any) -> Composite:
-            features, depth, accumulation = call(*args, **named)
-            return Composite(features, None if named.get("depth") == "none" else depth, accumulation)
+            return Composite(*call(*args, **named))
 
         return composite_rays
 
@@ -60,7 +62,7 @@ class CompositeOp(Op):
 @op(
     "t[..., S+1] w[..., S] f?[..., S, C] background?[..., C]"
     " -> features[..., C] depth[...] accumulation[...]",
-    domain=dict(t=increasing, w=nonnegative),
+    domain=dict(t=increasing, w=weight),
     narrow=("f",),
     base=CompositeOp,
 )
@@ -93,12 +95,12 @@ def composite_rays(
             `"expected"`: sum w s / sum w, within the ray's own first and last midpoint.
             `"log_mean"`: exp(sum w log s / sum w), within the ray's first and last edge, for t > 0.
             `"median"`: the midpoint at which the sum of the weights reaches 1/2.
-            `"none"`: no depth.
+            `"none"`: 0, at no cost.
         density: w holds densities.
         last_sample: the features of the last sample are the background.
 
     Returns:
-        Composite(features [..., C], depth [...] or None, accumulation [...] = sum w), float32 for
+        Composite(features [..., C], depth [...], accumulation [...] = sum w), float32 for
         half precision inputs. Differentiable in all tensors, twice through the reference;
         `"median"` is piecewise constant in w.
 
