@@ -59,9 +59,8 @@ class RightChain {
     const vec<A> last = repeat_lane<0>(y_);
     y_ = inclusive_lanes<K>(a.column[0], b.column[0], last);
     const vec<A> after = window<K>(y_, last);
-    return each_column<A>([&](int j) {
-      return j < K - 1 ? b.column[j + 1] + a.column[j + 1] * after : after;
-    });
+    return each_column<A>(
+        [&](int j) { return j < K - 1 ? b.column[j + 1] + a.column[j + 1] * after : after; });
   }
 
  private:

@@ -43,24 +43,6 @@ void along(int64_t begin, int64_t end, const F& f) {
   for (int64_t k = begin; k < end; k += kLanes<A>) f(k);
 }
 
-template <class A, int places = kLanes<A> / 2>
-A sum_lanes(vec<A> x) {
-  if constexpr (places > 0) return sum_lanes<A, places / 2>(x + shift_down<places>(x));
-  return x[0];
-}
-
-// The sum of term(k), k = 0, kLanes, ... < S.
-template <class A, class F>
-A sum_along(int64_t S, const F& term) {
-  A total = 0;
-  for (int64_t begin = 0; begin < S; begin += kPiece) {
-    vec<A> piece = {};
-    along<A>(begin, std::min(begin + kPiece, S), [&](int64_t k) { piece += term(k); });
-    total += sum_lanes<A>(piece);
-  }
-  return total;
-}
-
 // ---- C interleaved channels of kLanes samples, in C registers
 
 // Registers v and v + 1, ... of n, laid end to end, from value `from` on; zeros follow.
@@ -90,9 +72,9 @@ V channel_of(const V (&x)[C], V found) {
   } else {
     return channel_of<c, v + 1>(x, [&]<int... i>(std::integer_sequence<int, i...>) {
       return __builtin_shufflevector(found, x[v],
-                                     ((i * C + c) / n == v          ? n + (i * C + c) % n
-                                      : v == 1 && (i * C + c) < n   ? i * C + c
-                                                                    : i)...);
+                                     ((i * C + c) / n == v        ? n + (i * C + c) % n
+                                      : v == 1 && (i * C + c) < n ? i * C + c
+                                                                  : i)...);
     }(std::make_integer_sequence<int, n>()));
   }
 }
@@ -193,14 +175,19 @@ void add_many(const accumulator<F>* w, const F* f, int64_t S, int64_t C, accumul
 // products_i = sum_c d_features_c f_ic for S samples and the rest of a register; d_f_ic = w_i
 // d_features_c unless d_f is null.
 template <int C, class F>
-void gradients_few(const accumulator<F>* w, const F* f, int64_t S,
-                   const accumulator<F>* d_features, accumulator<F>* products, F* d_f) {
+void gradients_few(const accumulator<F>* w, const F* f, int64_t S, const accumulator<F>* d_features,
+                   accumulator<F>* products, F* d_f) {
   using A = accumulator<F>;
   constexpr int N = kLanes<A>;
   vec<A> scale[C];
   each_register<C>([&](auto v) {
     [&]<int... i>(std::integer_sequence<int, i...>) {
-      scale[v] = vec<A>{d_features[(v * N + i) % C]...};
+      if constexpr (C <= N) {
+        const vec<A> once = load_some(d_features, C);
+        scale[v] = __builtin_shufflevector(once, once, ((v * N + i) % C)...);
+      } else {
+        scale[v] = vec<A>{d_features[(v * N + i) % C]...};
+      }
     }(std::make_integer_sequence<int, N>());
   });
   along<A>(0, S, [&](int64_t k) {
@@ -238,23 +225,39 @@ void gradients_many(const accumulator<F>* w, const F* f, int64_t S, int64_t C,
   });
 }
 
+// The rays of a block: rows of weights [S], features [S, C] end to end.
 template <class F>
-__attribute__((noinline)) RAYFUSE_KERNEL void add_features(const accumulator<F>* w, const F* f,
-                                                           int64_t S, int64_t C,
+__attribute__((noinline)) RAYFUSE_KERNEL void add_features(const Rays<const accumulator<F>>& w,
+                                                           const F* f, int64_t S, int64_t C,
                                                            accumulator<F>* sums) {
-  if (C == 3) return add_few<3>(w, f, S, sums);
-  if (C == 1) return add_few<1>(w, f, S, sums);
-  if (C == 4) return add_few<4>(w, f, S, sums);
-  add_many(w, f, S, C, sums);
+  for (int i = 0; i < w.count; ++i, f += S * C, sums += C) {
+    if (C == 3) {
+      add_few<3>(w[i], f, S, sums);
+    } else if (C == 1) {
+      add_few<1>(w[i], f, S, sums);
+    } else if (C == 4) {
+      add_few<4>(w[i], f, S, sums);
+    } else {
+      add_many(w[i], f, S, C, sums);
+    }
+  }
 }
 template <class F>
 __attribute__((noinline)) RAYFUSE_KERNEL void feature_gradients(
-    const accumulator<F>* w, const F* f, int64_t S, int64_t C, const accumulator<F>* d_features,
-    accumulator<F>* products, F* d_f) {
-  if (C == 3) return gradients_few<3>(w, f, S, d_features, products, d_f);
-  if (C == 1) return gradients_few<1>(w, f, S, d_features, products, d_f);
-  if (C == 4) return gradients_few<4>(w, f, S, d_features, products, d_f);
-  gradients_many(w, f, S, C, d_features, products, d_f);
+    const Rays<const accumulator<F>>& w, const F* f, int64_t S, int64_t C,
+    const accumulator<F>* d_features, const Rays<accumulator<F>>& products, F* d_f) {
+  for (int i = 0; i < w.count; ++i, f += S * C, d_features += C) {
+    if (C == 3) {
+      gradients_few<3>(w[i], f, S, d_features, products[i], d_f);
+    } else if (C == 1) {
+      gradients_few<1>(w[i], f, S, d_features, products[i], d_f);
+    } else if (C == 4) {
+      gradients_few<4>(w[i], f, S, d_features, products[i], d_f);
+    } else {
+      gradients_many(w[i], f, S, C, d_features, products[i], d_f);
+    }
+    if (d_f) d_f += S * C;
+  }
 }
 
 // What stands behind the samples of one ray: nothing, a background, or the last of the samples.
@@ -278,136 +281,164 @@ __attribute__((noinline)) A dot(const A* x, const A* y, int64_t C) {
   return sum;
 }
 
-// ---- the depth of one ray
-
-template <class T>
-struct Midpoints {
-  using A = accumulator<T>;
-  const T* t;  // [S+1]
-  int64_t S;
-
-  vec<A> at(int64_t k) const {
-    return A(0.5) * (load_some(t + k, S + 1 - k) + load_some(t + k + 1, S - k));
-  }
-  A operator[](int64_t k) const { return A(0.5) * (widen(t[k]) + widen(t[k + 1])); }
-  // what the logarithmic mean takes a logarithm of
-  vec<A> positive_at(int64_t k) const {
-    const vec<A> mid = at(k);
-    return mid < kTiny ? kTiny - vec<A>{} : mid;
-  }
-  static constexpr A kTiny = std::numeric_limits<A>::min();
-};
-
-// Where the depth of a ray lies, and how it depends on the weights.
-template <class T>
-struct RayDepth {
-  using A = accumulator<T>;
-
-  const Midpoints<T>& mid;
-  const A* w;  // [S]
-  int64_t S;
-  Depth kind;
-  A accumulation;
-  A mean = 0, value = 0, least = 0, most = 0;
-  int64_t median = 0;
-
-  RayDepth(const Midpoints<T>& mid, const A* w, Depth kind, A accumulation)
-      : mid(mid), w(w), S(mid.S), kind(kind), accumulation(accumulation) {
-    if (S == 0 || kind == Depth::kNone) return;
-    if (kind == Depth::kMedian) {
-      // in double, as torch sums
-      for (double sum = w[0]; sum < 0.5 && median < S - 1;) sum += w[++median];
-      value = least = most = mid[median];
-      return;
-    }
-    if (kind == Depth::kExpected) {
-      mean = sum_along<A>(S, [&](int64_t k) { return load_some(w + k, S - k) * mid.at(k); }) /
-             (accumulation + kExpectedEps<A>);
-      value = mean, least = mid[0], most = mid[S - 1];
-    } else {
-      mean = sum_along<A>(S, [&](int64_t k) {
-        return load_some(w + k, S - k) * log_of<A>(mid.positive_at(k));
-      });
-      mean /= accumulation < kLogMeanEps<A> ? kLogMeanEps<A> : accumulation;
-      value = exp_of<A>(mean - vec<A>{})[0], least = widen(mid.t[0]), most = widen(mid.t[S]);
-    }
-  }
-
-  A clipped() const { return value < least ? least : value > most ? most : value; }
-
-  // Adds d_depth to the gradients of weights, and writes those of midpoints unless d_mid is null.
-  void gradients(A d_depth, A* g, A* d_mid, A& d_t_first, A& d_t_last) const {
-    if (S == 0 || kind == Depth::kNone) return;
-    if (kind == Depth::kMedian) {
-      if (d_mid) d_mid[median] += d_depth;
-      return;
-    }
-    const bool expected = kind == Depth::kExpected;
-    if (value < least || value > most) {
-      const bool first = value < least;
-      if (!expected) {
-        (first ? d_t_first : d_t_last) += d_depth;
-      } else if (d_mid) {
-        d_mid[first ? 0 : S - 1] += d_depth;
-      }
-      return;
-    }
-    const bool thin = !expected && accumulation < kLogMeanEps<A>;
-    const A weight = expected ? accumulation + kExpectedEps<A>
-                     : thin   ? kLogMeanEps<A>
-                              : accumulation;
-    const A scale = (expected ? d_depth : d_depth * value) / weight, center = thin ? A(0) : mean;
-    along<A>(0, S, [&](int64_t k) {
-      const vec<A> s = mid.at(k);
-      const vec<A> place = expected ? s : log_of<A>(mid.positive_at(k));
-      store(g + k, load(g + k) + scale * (place - center));
-      if (!d_mid) return;
-      const vec<A> d_place = scale * load_some(w + k, S - k);
-      const vec<A> d_s = expected ? d_place : s < Midpoints<T>::kTiny ? vec<A>{} : d_place / s;
-      store(d_mid + k, load(d_mid + k) + d_s);
-    });
-  }
-};
-
-// ---- weights
-
-// Of S densities along `count` rays, w_rays[r] for each, rounded up to whole registers; what the
-// way back needs is kept unless `kept` is null.
-template <bool long_rays, class T>
-RAYFUSE_KERNEL void weights_of_densities(const Rays<const T>& sigma, const Rays<const T>& t,
-                                         int64_t S, const Rays<accumulator<T>>& w_rays,
-                                         KeptLight<accumulator<T>>* kept) {
-  using A = accumulator<T>;
-  LightPass<T, long_rays> pass{sigma, t, S, false};
-  along<A>(0, S, [&](int64_t k) {
-    pass.step(k);
-    w_rays.store_at(k, kLanes<A>, pass.w);
-    if (kept) kept[k / kLanes<A>].keep(pass);
-  });
-}
-
-// Back to densities; d_width takes the place of d_w unless it is not wanted.
-template <bool long_rays, class T>
-RAYFUSE_KERNEL void gradients_of_densities(const KeptLight<accumulator<T>>* kept, int64_t S,
-                                           const Rays<accumulator<T>>& d_w, const Rays<T>& d_sigma,
-                                           bool with_d_sigma, bool with_d_width) {
-  using A = accumulator<T>;
-  constexpr int N = kLanes<A>;
-  LightGradients<A, long_rays> way_back;
-  for (int64_t i = (S + N - 1) / N - 1; i >= 0; --i) {
-    const int64_t k = i * N;
-    way_back.step(kept[i], Rays<const A>{d_w.first, d_w.stride, d_w.count}.load_at(k, N), {});
-    if (with_d_sigma) d_sigma.store_at(k, S - k, way_back.d_density);
-    if (with_d_width) d_w.store_at(k, N, way_back.d_width);
-  }
-}
+// ---- weights and depth of a block of rays
 
 // Everything about the call that is not a tensor.
 struct Options {
   int64_t S, C;
   Depth depth;
   bool density, last_sample;
+
+  bool has_mean() const { return S && (depth == Depth::kExpected || depth == Depth::kLogMean); }
 };
+
+// What the mean depth is the mean of.
+template <class A>
+Block<A> places(Depth depth, const Block<A>& mid) {
+  if (depth == Depth::kExpected) return mid;
+  constexpr A kTiny = std::numeric_limits<A>::min();
+  return each_column<A>([&](int j) {
+    const vec<A> s = mid.column[j];
+    return log_of<A>(s < kTiny ? kTiny - vec<A>{} : s);
+  });
+}
+
+// What the pass from the left leaves for the way back.
+template <class A>
+struct Kept {
+  KeptLight<A> light;  // of weights that are given, only these
+  Block<A> mid;
+};
+
+// A value for each ray of a block: of ray r in lane r.
+template <class A>
+struct RayValues {
+  vec<A> accumulation = {}, moment = {};  // sum_i w_i, sum_i w_i place_i
+};
+
+// The pass from the left over `count` rays. Weights from densities, or of half precision, also go
+// to rows of whole registers.
+template <bool long_rays, class T>
+__attribute__((noinline)) RAYFUSE_KERNEL RayValues<accumulator<T>> weigh(
+    const Options& options, const Rays<const T>& t, const Rays<const T>& w,
+    const Rays<accumulator<T>>& w_rows, Kept<accumulator<T>>* kept, bool with_d_t) {
+  using A = accumulator<T>;
+  const int64_t S = options.S;
+  LightPass<T, long_rays> pass{w, t, S, false};
+  LevelledSum<A, long_rays> accumulation, moment;
+  const bool with_mean = options.has_mean();
+  along<A>(0, S, [&](int64_t k) {
+    if (options.density) {
+      pass.step(k);
+    } else {
+      pass.w = w.load_at(k, S - k);
+      if (with_mean) pass.step_t(k);
+    }
+    if (options.density || !std::is_same_v<T, A>) w_rows.store_at(k, kLanes<A>, pass.w);
+    accumulation.add(sum_columns(pass.w));
+    const Block<A> mid = A(0.5) * (pass.t0 + pass.t1);
+    if (with_mean) moment.add(sum_columns(pass.w * places(options.depth, mid)));
+    if (kept) {
+      Kept<A>& here = kept[k / kLanes<A>];
+      if (options.density) {
+        here.light.keep(pass, with_d_t);
+      } else {
+        pass.w.store_to(here.light.w);
+      }
+      if (with_mean) mid.store_to(here.mid);
+    }
+  });
+  return {sum_samples<A>(accumulation.total()), sum_samples<A>(moment.total())};
+}
+
+// Where the depths of a block of rays lie, and how they depend on the weights.
+template <class A>
+struct RayDepths {
+  vec<A> value = {}, weight = {}, mean = {};
+  bool thin[kRays<A>] = {};
+
+  RayDepths(const Options& options, const RayValues<A>& sums) {
+    if (!options.has_mean()) return;
+    const vec<A> total = sums.accumulation;
+    if (options.depth == Depth::kExpected) {
+      weight = total + kExpectedEps<A>;
+      value = mean = sums.moment / weight;
+    } else {
+      weight = total < kLogMeanEps<A> ? kLogMeanEps<A> - vec<A>{} : total;
+      mean = sums.moment / weight;
+      value = exp_of<A>(mean);
+      for (int r = 0; r < kRays<A>; ++r) thin[r] = total[r] < kLogMeanEps<A>;
+    }
+  }
+};
+
+// The bounds of a mean depth along a ray.
+template <class T>
+std::pair<accumulator<T>, accumulator<T>> bounds(const Options& options, const T* t) {
+  using A = accumulator<T>;
+  const int64_t S = options.S;
+  if (options.depth == Depth::kLogMean) return {widen(t[0]), widen(t[S])};
+  return {A(0.5) * (widen(t[0]) + widen(t[1])), A(0.5) * (widen(t[S - 1]) + widen(t[S]))};
+}
+
+// The first sample at which the weights reach a half; summed in double, as torch does.
+template <class A>
+int64_t median(const A* w, int64_t S) {
+  int64_t k = 0;
+  for (double sum = w[0]; sum < 0.5 && k < S - 1;) sum += w[++k];
+  return k;
+}
+
+// The gradients of weights, as far as they do not go through the features, of ray r in lane r:
+// common + scale place_i.
+template <class A>
+struct WeightGradients {
+  vec<A> common = {}, scale = {};
+};
+
+// The pass from the right: the gradients of weights are their products with the features, if any,
+// and those above. With d_t the gradients of midpoints and widths go to rows.
+template <bool long_rays, class T>
+__attribute__((noinline)) RAYFUSE_KERNEL void back_to_weights(
+    const Options& options, const WeightGradients<accumulator<T>>& d_weights,
+    const Kept<accumulator<T>>* kept, bool with_products, const Rays<accumulator<T>>& products,
+    const Rays<T>& d_w, bool with_d_w, bool with_d_t, const Rays<accumulator<T>>& d_mid) {
+  using A = accumulator<T>;
+  constexpr int N = kLanes<A>;
+  const int64_t S = options.S;
+  const vec<A> common = repeat_lane<0>(d_weights.common), scale = repeat_lane<0>(d_weights.scale);
+  const bool with_mean = options.has_mean();
+  LightGradients<A, long_rays> way_back;
+  for (int64_t i = (S + N - 1) / N - 1; i >= 0; --i) {
+    const int64_t k = i * N;
+    Block<A> g = {};
+    if (with_products) {
+      g = Rays<const A>{products.first, products.stride, products.count}.load_at(k, N);
+    }
+    g = each_column<A>([&](int j) { return g.column[j] + common; });
+    if (with_mean) {
+      const Block<A> place = places(options.depth, kept[i].mid);
+      g = each_column<A>([&](int j) { return g.column[j] + scale * place.column[j]; });
+      if (with_d_t) {
+        d_mid.store_at(k, N, each_column<A>([&](int j) {
+                         const vec<A> s = kept[i].mid.column[j];
+                         const vec<A> d_place = scale * kept[i].light.w.column[j];
+                         if (options.depth == Depth::kExpected) return d_place;
+                         return s < std::numeric_limits<A>::min() ? vec<A>{} : d_place / s;
+                       }));
+      }
+    }
+    if (options.density) {
+      way_back.step(kept[i].light, g, {}, with_d_t);
+      if (with_d_w) d_w.store_at(k, S - k, way_back.d_density);
+      if (with_d_t) products.store_at(k, N, way_back.d_width);
+    } else if (with_d_w) {
+      d_w.store_at(k, S - k, g);
+    }
+  }
+}
+
+// ---- rays
 
 // The rows that a thread works on: kRays of them, in whole registers.
 template <class A>
@@ -416,7 +447,6 @@ class Rows {
   explicit Rows(int64_t S)
       : stride_((S + kLanes<A> - 1) / kLanes<A> * kLanes<A>), values_(kRays<A> * stride_) {}
 
-  A* operator[](int r) { return values_.data() + r * stride_; }
   Rays<A> rays(int count) { return {values_.data(), stride_, count}; }
   void clear() { std::fill(values_.begin(), values_.end(), A(0)); }
 
@@ -425,51 +455,58 @@ class Rows {
   std::vector<A> values_;
 };
 
-// The weights of ray r, which is number i of a block: given, or widened.
+// The weights of a block of rays: those given, or the rows that the pass from the left has filled.
 template <class T>
-const accumulator<T>* given_weights(const T* w, int64_t S, accumulator<T>* row) {
-  using A = accumulator<T>;
-  if constexpr (std::is_same_v<T, A>) return w;
-  along<A>(0, S, [&](int64_t k) { store(row + k, load_some(w + k, S - k)); });
-  return row;
+Rays<const accumulator<T>> weights_of(const Options& options, const Rays<const T>& w,
+                                      const Rays<accumulator<T>>& rows) {
+  if constexpr (std::is_same_v<T, accumulator<T>>) {
+    if (!options.density) return w;
+  }
+  return {rows.first, rows.stride, rows.count};
 }
 
 // Rays begin..end.
 template <bool long_rays, class T, class F>
 void composite(int64_t begin, int64_t end, const Options& options,
-               const T* t,                     // [R, S+1]
-               const T* w,                     // [R, S]
-               const F* f,                     // [R, S, C] or null
-               const T* background,            // [R, C] or null
-               accumulator<T>* features,       // [R, C]
-               accumulator<T>* depth,          // [R]
-               accumulator<T>* accumulation) { // [R]
+               const T* t,                      // [R, S+1]
+               const T* w,                      // [R, S]
+               const F* f,                      // [R, S, C] or null
+               const T* background,             // [R, C] or null
+               accumulator<T>* features,        // [R, C]
+               accumulator<T>* depth,           // [R]
+               accumulator<T>* accumulation) {  // [R]
   using A = accumulator<T>;
-  const auto [S, C, kind, density, last_sample] = options;
+  const int64_t S = options.S, C = options.C;
   Rows<A> w_rows(S);
   std::vector<A> behind(C);
   for (int64_t first = begin; first < end; first += kRays<A>) {
     const int count = std::min<int64_t>(kRays<A>, end - first);
-    if (density) {
-      weights_of_densities<long_rays, T>({w + first * S, S, count},
-                                         {t + first * (S + 1), S + 1, count}, S, w_rows.rays(count),
-                                         nullptr);
+    const Rays<const T> t_rays{t + first * (S + 1), S + 1, count}, given{w + first * S, S, count};
+    const Rays<A> rows = w_rows.rays(count);
+    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, nullptr, false);
+    const Rays<const A> weights = weights_of(options, given, rows);
+    if (f) {
+      add_features(weights, f + first * S * C, S, C, features + first * C);
+    } else {
+      std::fill(features + first * C, features + (first + count) * C, A(0));
     }
+    const RayDepths<A> depths(options, sums);
     for (int i = 0; i < count; ++i) {
       const int64_t r = first + i;
-      const A* w_r = density ? w_rows[i] : given_weights(w + r * S, S, w_rows[i]);
-      const A total = sum_along<A>(S, [&](int64_t k) { return load_some(w_r + k, S - k); });
-      accumulation[r] = total;
-      depth[r] = RayDepth<T>({t + r * (S + 1), S}, w_r, kind, total).clipped();
-      if (f) {
-        add_features(w_r, f + r * S * C, S, C, features + r * C);
-      } else {
-        std::fill(features + r * C, features + (r + 1) * C, A(0));
+      accumulation[r] = sums.accumulation[i];
+      depth[r] = 0;
+      if (options.has_mean()) {
+        const auto [least, most] = bounds(options, t_rays[i]);
+        const A value = depths.value[i];
+        depth[r] = value < least ? least : value > most ? most : value;
+      } else if (S && options.depth == Depth::kMedian) {
+        const T* const edge = t_rays[i] + median(weights[i], S);
+        depth[r] = A(0.5) * (widen(edge[0]) + widen(edge[1]));
       }
       const A* light_from = behind_samples(
           background ? background + r * C : nullptr,
-          last_sample && f && S ? f + (r * S + S - 1) * C : nullptr, C, behind.data());
-      if (light_from) blend(1 - total, light_from, C, features + r * C);
+          options.last_sample && f && S ? f + (r * S + S - 1) * C : nullptr, C, behind.data());
+      if (light_from) blend(1 - sums.accumulation[i], light_from, C, features + r * C);
     }
   }
 }
@@ -494,69 +531,82 @@ void gradients(int64_t begin, int64_t end, const Options& options,
                const T* background,                   // [R, C] or null
                const Gradients<T, F>& d) {
   using A = accumulator<T>;
-  const auto [S, C, kind, density, last_sample] = options;
+  const int64_t S = options.S, C = options.C;
   constexpr int K = kRays<A>, N = kLanes<A>;
   Rows<A> w_rows(S), g_rows(S), d_mid_rows(d.t ? S : 0);
-  std::vector<KeptLight<A>> kept(density ? (S + N - 1) / N : 0);
-  const std::vector<A> no_gradient(C);
+  std::vector<Kept<A>> kept((S + N - 1) / N);
+  const std::vector<A> no_gradient(K * C);
   std::vector<A> behind(C);
   for (int64_t first = begin; first < end; first += K) {
     const int count = std::min<int64_t>(K, end - first);
-    A d_t_first[K] = {}, d_t_last[K] = {};
-    if (density) {
-      weights_of_densities<long_rays, T>({w + first * S, S, count},
-                                         {t + first * (S + 1), S + 1, count}, S, w_rows.rays(count),
-                                         kept.data());
+    const Rays<const T> t_rays{t + first * (S + 1), S + 1, count}, given{w + first * S, S, count};
+    const Rays<A> rows = w_rows.rays(count), g = g_rows.rays(count);
+    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, kept.data(), d.t);
+    const Rays<const A> weights = weights_of(options, given, rows);
+    const A* d_features_here = d_features ? d_features + first * C : no_gradient.data();
+    const bool last_behind = options.last_sample && f && S;
+    if (f) {
+      feature_gradients(weights, f + first * S * C, S, C, d_features_here, g,
+                        d.f ? d.f + first * S * C : nullptr);
     }
-    if (d.t) d_mid_rows.clear();
+
+    const RayDepths<A> depths(options, sums);
+    WeightGradients<A> d_weights;
+    // what depth gives to midpoints and edges where it depends on no weight
+    struct {
+      int64_t sample, edge;
+      A d_depth;
+    } fixed[K] = {};
     for (int i = 0; i < count; ++i) {
       const int64_t r = first + i;
-      const A* w_r = density ? w_rows[i] : given_weights(w + r * S, S, w_rows[i]);
-      const A total = sum_along<A>(S, [&](int64_t k) { return load_some(w_r + k, S - k); });
-      const A* d_features_r = d_features ? d_features + r * C : no_gradient.data();
-      A* const g = g_rows[i];
-      F* const d_f = d.f ? d.f + r * S * C : nullptr;
-      const bool last_behind = last_sample && f && S;
-      if (f) {
-        feature_gradients(w_r, f + r * S * C, S, C, d_features_r, g, d_f);
-      } else {
-        along<A>(0, S, [&](int64_t k) { store(g + k, vec<A>{}); });
-      }
-      // what all samples have in common
+      const A light = 1 - sums.accumulation[i];
+      const A* d_features_r = d_features_here + i * C;
+      const F* last_f = last_behind ? f + (r * S + S - 1) * C : nullptr;
       const A* light_from =
-          behind_samples(background ? background + r * C : nullptr,
-                         last_behind ? f + (r * S + S - 1) * C : nullptr, C, behind.data());
-      const A common = (d_accumulation ? d_accumulation[r] : A(0)) -
-                       (light_from ? dot(d_features_r, light_from, C) : A(0));
-      for (int64_t c = 0; c < C; ++c) {
-        if (last_behind && d_f) {
-          d_f[(S - 1) * C + c] = narrow<F>((w_r[S - 1] + (1 - total)) * d_features_r[c]);
+          behind_samples(background ? background + r * C : nullptr, last_f, C, behind.data());
+      d_weights.common[i] = (d_accumulation ? d_accumulation[r] : A(0)) -
+                            (light_from ? dot(d_features_r, light_from, C) : A(0));
+      for (int64_t c = 0; last_behind && d.f && c < C; ++c) {
+        d.f[(r * S + S - 1) * C + c] = narrow<F>((weights[i][S - 1] + light) * d_features_r[c]);
+      }
+      for (int64_t c = 0; d.background && c < C; ++c) {
+        d.background[r * C + c] = narrow<T>(light * d_features_r[c]);
+      }
+      fixed[i] = {-1, -1, d_depth ? d_depth[r] : A(0)};
+      if (!d_depth || !S) continue;
+      if (options.has_mean()) {
+        const auto [least, most] = bounds(options, t_rays[i]);
+        const A value = depths.value[i];
+        const bool expected = options.depth == Depth::kExpected;
+        if (value < least || value > most) {
+          (expected ? fixed[i].sample : fixed[i].edge) = value < least ? 0 : expected ? S - 1 : S;
+        } else {
+          const A scale = (expected ? d_depth[r] : d_depth[r] * value) / depths.weight[i];
+          d_weights.scale[i] = scale;
+          if (!depths.thin[i]) d_weights.common[i] -= scale * depths.mean[i];
         }
-        if (d.background) d.background[r * C + c] = narrow<T>((1 - total) * d_features_r[c]);
-      }
-      along<A>(0, S, [&](int64_t k) { store(g + k, load(g + k) + common); });
-      if (d_depth) {
-        const RayDepth<T> depth({t + r * (S + 1), S}, w_r, kind, total);
-        depth.gradients(d_depth[r], g, d.t ? d_mid_rows[i] : nullptr, d_t_first[i], d_t_last[i]);
-      }
-      if (d.w && !density) {
-        along<A>(0, S, [&](int64_t k) { store_some(d.w + r * S + k, load(g + k), S - k); });
+      } else if (options.depth == Depth::kMedian) {
+        fixed[i].sample = median(weights[i], S);
       }
     }
-    if (density && (d.w || d.t)) {
-      gradients_of_densities<long_rays, T>(kept.data(), S, g_rows.rays(count),
-                                           {d.w + first * S, S, count}, d.w, d.t);
+
+    if (d.t) d_mid_rows.clear();
+    const Rays<A> d_mid = d_mid_rows.rays(count);
+    if (d.w || d.t) {
+      back_to_weights<long_rays, T>(options, d_weights, kept.data(), f, g,
+                                    {d.w + first * S, S, count}, d.w, d.t, d_mid);
     }
     for (int i = 0; d.t && i < count; ++i) {
       T* const d_t = d.t + (first + i) * (S + 1);
-      const A *d_mid = d_mid_rows[i], *d_width = g_rows[i];
-      A from_left = d_t_first[i];
+      const auto [sample, edge, d_depth_r] = fixed[i];
+      if (sample >= 0) d_mid[i][sample] += d_depth_r;
+      A from_left = edge == 0 ? d_depth_r : A(0);
       for (int64_t k = 0; k < S; ++k) {
-        const A half = A(0.5) * d_mid[k], width = density ? d_width[k] : A(0);
+        const A half = A(0.5) * d_mid[i][k], width = options.density ? g[i][k] : A(0);
         d_t[k] = narrow<T>(from_left + half - width);
         from_left = half + width;
       }
-      d_t[S] = narrow<T>(from_left + d_t_last[i]);
+      d_t[S] = narrow<T>(from_left + (edge == S && S ? d_depth_r : A(0)));
     }
   }
 }

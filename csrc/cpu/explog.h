@@ -72,7 +72,8 @@ vec<A> polynomial(vec<A> x, const std::array<A, terms>& factors) {
 template <class A>
 struct ExpParts {
   explicit ExpParts(vec<A> x)
-      : n(to_integer<A>(x * A(0x1.71547652b82fep+0))),
+      : rounded(x * A(0x1.71547652b82fep+0) + kRounder<A>),
+        n(rounded - kRounder<A>),
         r(x - n * ExpLog<A>::kLn2High - n * ExpLog<A>::kLn2Low) {}
 
   // e^r - 1 - r
@@ -86,7 +87,10 @@ struct ExpParts {
     return r * r * polynomial<A>(r, kInverseFactorials);
   }
 
-  vec<A> n, r;
+  // 2^n where that is a normal number.
+  vec<A> power() const { return (vec<A>)((bits_of<A>(rounded) << kMantissaBits<A>)+bits_of(A(1))); }
+
+  vec<A> rounded, n, r;
 };
 
 template <class A>
@@ -112,18 +116,19 @@ vec<A> expm1_of(vec<A> x) {
   return x * x < std::numeric_limits<A>::min() ? x : 2 * half;
 }
 
-// Both for x <= 0, at hardly more than the price of one; e^x is 0 where it would be subnormal.
+// e^-x and 1 - e^-x for x >= 0, at hardly more than the price of one; e^-x is 0 where it would be
+// subnormal.
 template <class A>
 struct Decay {
   explicit Decay(vec<A> x) {
-    constexpr A kMin = std::numeric_limits<A>::min_exponent * A(0.69);
-    const ExpParts<A> parts(x < kMin ? kMin - vec<A>{} : x);
-    const vec<A> scale = power_of_two<A>(parts.n), tail = scale * (parts.r + parts.rest());
-    exp = x < kMin ? vec<A>{} : scale + tail;
-    expm1 = (scale - 1) + tail;
+    constexpr A kMost = -std::numeric_limits<A>::min_exponent * A(0.69);
+    const ExpParts<A> parts(-(x > kMost ? kMost - vec<A>{} : x));
+    const vec<A> scale = parts.power(), tail = scale * (parts.r + parts.rest());
+    passing = x > kMost ? vec<A>{} : scale + tail;
+    stopped = (1 - scale) - tail;
   }
 
-  vec<A> exp, expm1;
+  vec<A> passing, stopped;
 };
 
 template <class A>

@@ -13,10 +13,10 @@ namespace {
 // Rays begin..end.
 template <bool long_rays, class T>
 RAYFUSE_KERNEL void weights(int64_t begin, int64_t end, int64_t S, bool opaque_background,
-                            const T* sigma,                  // [R, S]
-                            const T* t,                      // [R, S+1]
-                            accumulator<T>* w,               // [R, S]
-                            accumulator<T>* transmittance) { // [R, S+1]
+                            const T* sigma,                   // [R, S]
+                            const T* t,                       // [R, S+1]
+                            accumulator<T>* w,                // [R, S]
+                            accumulator<T>* transmittance) {  // [R, S+1]
   using A = accumulator<T>;
   for (int64_t r = begin; r < end; r += kRays<A>) {
     const int count = std::min<int64_t>(kRays<A>, end - r);
@@ -59,7 +59,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, bool opaque
       if (d_sigma) d_sigma_rays.prefetch_for_store(i * N);
       if (with_d_t) d_t_rays.prefetch_for_store(i * N);
       pass.step(i * N);
-      kept[i].keep(pass);
+      kept[i].keep(pass, with_d_t);
     }
     const Rays<const A> d_w_rays{d_w + r * S, S, count};
     const Rays<const A> d_light_rays{d_transmittance + r * (S + 1), S + 1, count};
@@ -68,7 +68,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, bool opaque
     for (int64_t i = blocks - 1; i >= 0; --i) {
       const int64_t k = i * N;
       way_back.step(kept[i], d_w ? d_w_rays.load_at(k, S - k) : Block<A>{},
-                    d_transmittance ? d_light_rays.load_at(k + 1, S - k) : Block<A>{});
+                    d_transmittance ? d_light_rays.load_at(k + 1, S - k) : Block<A>{}, with_d_t);
       if (d_sigma) d_sigma_rays.store_at(k, S - k, way_back.d_density);
       if constexpr (with_d_t) {
         const auto& column = way_back.d_width.column;

@@ -22,6 +22,7 @@ struct LightPass {
   bool opaque_background;
   LeftSum<A, long_rays> depth = {};
   Delay<A> t0_of{t.broadcast_at(0)};
+  Block<A> t0 = {}, t1 = {};
   Block<A> density = {}, width = {};
   Block<A> light = {}, passed = {};  // T_i, T_{i+1}
   Block<A> w = {};
@@ -30,8 +31,8 @@ struct LightPass {
     constexpr int K = kRays<A>;
     const int64_t n = S - k;
     density = sigma.load_at(k, n);
-    const Block<A> t1 = t.load_at(k + 1, n);
-    width = t1 - t0_of(t1);
+    step_t(k);
+    width = t1 - t0;
     // the largest number stands for inf: times 0 it is 0
     Block<A> x = each_column<A>([&](int j) {
       const vec<A> finite = density.column[j] > kMost ? kMost - vec<A>{} : density.column[j];
@@ -42,22 +43,27 @@ struct LightPass {
         x.column[(n - 1) % K][(n - 1) / K * K + r] = std::numeric_limits<A>::infinity();
       }
     }
-    vec<A> light_here = exp_of<A>(-depth.add(x).first.column[0]);
+    vec<A> light_here = Decay<A>(depth.add(x).first.column[0]).passing;
     const auto sample = [&](int j) {
-      const Decay<A> decay(-x.column[j]);
+      const Decay<A> decay(x.column[j]);
       light.column[j] = light_here;
-      w.column[j] = light_here * -decay.expm1;
-      passed.column[j] = light_here = light_here * decay.exp;
+      w.column[j] = light_here * decay.stopped;
+      passed.column[j] = light_here = light_here * decay.passing;
     };
     [&]<int... j>(std::integer_sequence<int, j...>) {
       (..., sample(j));
     }(std::make_integer_sequence<int, K>());
   }
+  // The edges alone.
+  void step_t(int64_t k) {
+    t1 = t.load_at(k + 1, S - k);
+    t0 = t0_of(t1);
+  }
   // The light that reaches the background, of ray r in lane r.
   vec<A> background() const {
     vec<A> total = {};
     for (int r = 0; r < kRays<A>; ++r) total[r] = depth.total(r);
-    return exp_of<A>(-total);
+    return Decay<A>(total).passing;
   }
 };
 
@@ -67,8 +73,8 @@ struct KeptLight {
   Block<A> density, width, passed, w;
 
   template <class T, bool long_rays>
-  void keep(const LightPass<T, long_rays>& pass) {
-    pass.density.store_to(density);
+  void keep(const LightPass<T, long_rays>& pass, bool with_d_t) {
+    if (with_d_t) pass.density.store_to(density);
     pass.width.store_to(width);
     pass.passed.store_to(passed);
     pass.w.store_to(w);
@@ -82,10 +88,12 @@ struct LightGradients {
   RightSum<A, long_rays> behind = {};
   Block<A> d_density = {}, d_width = {};
 
-  void step(const KeptLight<A>& kept, const Block<A>& d_w, const Block<A>& d_passed) {
+  void step(const KeptLight<A>& kept, const Block<A>& d_w, const Block<A>& d_passed,
+            bool with_d_t) {
     const Block<A> later = behind.add(d_w * kept.w + d_passed * kept.passed).first;
     const Block<A> d_x = (d_w - d_passed) * kept.passed - later;
     d_density = d_x * kept.width;
+    if (!with_d_t) return;
     // a wall stays one, however thick it is
     d_width = each_column<A>([&](int j) {
       const vec<A> sigma = kept.density.column[j];
