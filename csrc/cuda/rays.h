@@ -58,12 +58,13 @@ __device__ accumulator<T>* on_chip(accumulator<T>* buffer, const T* from) {
   return buffer + kSector<T> + reinterpret_cast<uintptr_t>(from) % 32 / sizeof(T);
 }
 
-// The block calls one(i) for the values up to the first and after the last whole sector of n values
-// at `from`, vector(i) for every 16 bytes between.
+// The block, or those who call themselves `thread` of `threads`, call one(i) for the values up to
+// the first and after the last whole sector of n values at `from`, vector(i) for every 16 bytes
+// between.
 template <class T, class One, class Vector>
-__device__ void for_each_vector(const T* from, int n, const One& one, const Vector& vector) {
+__device__ void for_each_vector(const T* from, int n, const One& one, const Vector& vector,
+                                int thread = threadIdx.x, int threads = blockDim.x) {
   constexpr int kLanes = 16 / sizeof(T);
-  const int thread = threadIdx.x, threads = blockDim.x;
   const int into = reinterpret_cast<uintptr_t>(from) % 32 / sizeof(T);
   const int head = min(n, (kSector<T> - into) % kSector<T>);
   const int body = head + (n - head) / kSector<T> * kSector<T>;
@@ -95,7 +96,8 @@ struct WideVector {
 };
 
 template <class T>
-__device__ void load(const T* from, accumulator<T>* chip, int n) {
+__device__ void load(const T* from, accumulator<T>* chip, int n, int thread = threadIdx.x,
+                     int threads = blockDim.x) {
   for_each_vector(
       from, n, [&](int i) { chip[i] = widen(from[i]); },
       [&](int i) {
@@ -107,7 +109,8 @@ __device__ void load(const T* from, accumulator<T>* chip, int n) {
         uint4* to = reinterpret_cast<uint4*>(chip + i);
 #pragma unroll
         for (int p = 0; p < WideVector<T>::kParts; ++p) to[p] = wide.part[p].bits;
-      });
+      },
+      thread, threads);
 }
 
 template <class T>
@@ -129,8 +132,18 @@ __device__ void store(T* to, const accumulator<T>* chip, int n) {
 
 // ---- the team
 
-// kThreads threads on one ray. What scans go over is a State: an aggregate, zero if there is
-// nothing, with join(next), its sum with what comes after it, and shuffle, shuffle_up and
+// A state of nothing: State::none() where there is one, else zero.
+template <class State>
+__device__ State nothing() {
+  if constexpr (requires { State::none(); }) {
+    return State::none();
+  } else {
+    return State{};
+  }
+}
+
+// kThreads threads on one ray. What scans go over is a State: an aggregate, zero or none() if there
+// is nothing, with join(next), its sum with what comes after it, and shuffle, shuffle_up and
 // shuffle_down.
 template <int kThreads>
 struct Team {
@@ -155,7 +168,7 @@ struct Team {
       if (place >= places) x = before.join(x);
     }
     State before = from_right ? x.shuffle_down(1) : x.shuffle_up(1);
-    if (place == 0) before = State{};
+    if (place == 0) before = nothing<State>();
     State total = x.shuffle(from_right ? 0 : kWarp - 1);
     if constexpr (kWarps > 1) {
       __shared__ State warps[kWarps];
@@ -163,8 +176,8 @@ struct Team {
       __syncthreads();
       if (lane == 0) warps[warp] = total;
       __syncthreads();
-      State before_warp = {};
-      total = State{};
+      State before_warp = nothing<State>();
+      total = nothing<State>();
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) {
         const int next = from_right ? kWarps - 1 - i : i;
