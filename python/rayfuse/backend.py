@@ -275,7 +275,8 @@ def _on_its_device(kernel: Kernel) -> Kernel:
     """Triton launches on the current device, wherever the tensors are."""
 
     def run(*args: Any) -> Any:
-        device = args[0].device
+        # the gradient of an output may be absent
+        device = next(x.device for x in args if x is not None)
         if device.type == "cpu":
             return kernel(*args)
         with torch.get_device_module(device).device(device):

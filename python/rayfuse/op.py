@@ -142,6 +142,11 @@ class Op:
         ]
         self.outputs = [array.name for array in signature.outputs]
         self.is_loss = all(name.endswith("loss") for name in self.outputs)
+        self._required = [array.name for array in signature.inputs if not array.optional]
+        # what is given by name, and what it is otherwise
+        absent = [array.name for array in signature.inputs if array.optional]
+        self._keywords: dict[str, Any] = dict.fromkeys(absent)
+        self._keywords |= {scalar.name: scalar.default for scalar in self.scalars}
         self.kernels = backend.Kernels(self.name, self._reference_fwd, self._reference_bwd)
         self._libraries = [
             self._register(namespace)
@@ -200,17 +205,6 @@ class Op:
         call.__signature__ = inspect.Signature(parameters)
         call.op, call.Function = self, self.Function
         return call
-
-    @functools.cached_property
-    def _required(self) -> list[str]:
-        return [array.name for array in self.signature.inputs if not array.optional]
-
-    @functools.cached_property
-    def _keywords(self) -> dict[str, Any]:
-        """What is given by name, and what it is otherwise."""
-        scalars = {scalar.name: scalar.default for scalar in self.scalars}
-        absent = [array.name for array in self.signature.inputs if array.optional]
-        return dict.fromkeys(absent) | scalars
 
     def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """All tensors, then all scalars."""
