@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 _LANES = 32
@@ -39,3 +40,49 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def empty_gradient(x: Tensor, needs: int, i: int) -> Tensor:
     """The gradient of x, uninitialised, or an empty tensor where bit `i` of `needs` is not set."""
     return torch.empty_like(x) if needs >> i & 1 else x.new_empty(0)
+
+
+# ---- samples along rays, in tiles [rays, samples]
+
+
+@triton.jit
+def load(ptrs, mask, A: tl.constexpr):
+    return tl.load(ptrs, mask=mask, other=0.0).to(A)
+
+
+@triton.jit
+def optical_depth(sigma_ptrs, t_ptrs, s, mask, A: tl.constexpr):
+    """sigma dt of samples s; the largest number stands for inf: times 0 it is 0."""
+    sigma = load(sigma_ptrs + s, mask, A)
+    width = load(t_ptrs + s + 1, mask, A) - load(t_ptrs + s, mask, A)
+    return tl.where(is_wall(sigma, A), _most(A), sigma) * width
+
+
+@triton.jit
+def is_wall(sigma, A: tl.constexpr):
+    return sigma > _most(A)
+
+
+@triton.jit
+def _most(A: tl.constexpr):
+    if A == tl.float64:
+        return 1.7976931348623157e308
+    else:
+        return 3.4028234663852886e38
+
+
+@triton.jit
+def stopped(x, A: tl.constexpr):
+    """1 - exp(-x) without cancellation: x (1 - x/2 (1 - x/3 (1 - ...))) where x is small."""
+    TERMS: tl.constexpr = 16 if A == tl.float64 else 8
+    small = tl.minimum(x, 0.5)
+    series = small * 0.0 + 1.0
+    for i in tl.static_range(TERMS - 1):
+        series = 1.0 - small * series * (1.0 / (TERMS - i))
+    return tl.where(x < 0.5, x * series, 1.0 - tl.exp(-x))
+
+
+@triton.jit
+def of_block(values, block, b):
+    """Values [rays] of block b, of those [rays, blocks] that are kept."""
+    return tl.sum(tl.where(block == b, values, 0.0), 1)
