@@ -63,7 +63,7 @@ class TestCompositeRays(Contract):
         for message, error, args in super().bad_calls(device):
             # a third one is f
             yield message, error, [*args, args[0]] if "too many" in message else args
-        t, w, f, background = self.inputs(device=device)
+        t, w, _, _ = self.inputs(device=device)
         yield "f must have shape [..., S, C] with ...=[7], S=19 (from t)", ValueError, [t, w, t]
 
     def test_wrong_options_say_so(self):

@@ -28,7 +28,7 @@ class TestRayWeights(Contract):
 
     def bad_calls(self, device):
         yield from super().bad_calls(device)
-        sigma, t = self.inputs(device=device)
+        _, t = self.inputs(device=device)
         yield "t must have shape [..., S+1] with ...=[7], S=20", ValueError, [t, t]
 
     def test_values_are_those_of_nerfstudio(self, forced_backend, device):

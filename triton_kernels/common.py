@@ -103,7 +103,7 @@ def is_wall(sigma, A: tl.constexpr):
 
 @triton.jit
 def _most(A: tl.constexpr):
-    if A == tl.float64:
+    if tl.float64 == A:
         return 1.7976931348623157e308
     else:
         return 3.4028234663852886e38
@@ -112,7 +112,7 @@ def _most(A: tl.constexpr):
 @triton.jit
 def stopped(x, A: tl.constexpr):
     """1 - exp(-x) without cancellation: x (1 - x/2 (1 - x/3 (1 - ...))) where x is small."""
-    TERMS: tl.constexpr = 16 if A == tl.float64 else 8
+    TERMS: tl.constexpr = 16 if tl.float64 == A else 8
     small = tl.minimum(x, 0.5)
     series = small * 0.0 + 1.0
     for i in tl.static_range(TERMS - 1):

@@ -304,7 +304,7 @@ def _mid(t_ptrs, s, mask, A: tl.constexpr):
 
 @triton.jit
 def _tiny(A: tl.constexpr):
-    if A == tl.float64:
+    if tl.float64 == A:
         return 2.2250738585072014e-308
     else:
         return 1.1754943508222875e-38
