@@ -185,9 +185,10 @@ def _integral(x, sample, start, before, integral, t_ptrs, w_ptrs, S, here):
 
 
 def _launch(R: int, S: int) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the tile of programs with a few thousand bins and samples."""
+    """The grid, and a tile with about one sample and one bin for each thread."""
+    # the double values of 4 rays of 128 samples spill on sm_90
     block_s = min(max(triton.next_power_of_2(S + 1), 16), _MAX_BLOCK_S)
-    block_r = 4
+    block_r = _MAX_BLOCK_S // block_s
     options = {"num_warps": 4, "enable_fp_fusion": True}
     tile = {"BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_E": _BLOCK_E}
     return (triton.cdiv(R, block_r),), {**tile, "STEPS": S.bit_length() + 1, **options}
