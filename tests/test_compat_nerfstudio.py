@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -24,20 +25,34 @@ def reason():
     return None
 
 
-if reason() is None and importlib.util.find_spec("viser") is None:
-    # the viewer, imported for its rotations and not used here
-    for name in ("viser", "viser.transforms"):
-        sys.modules[name] = types.ModuleType(name)
-    sys.modules["viser"].transforms = sys.modules["viser.transforms"]
-
 needs_nerfstudio = pytest.mark.skipif(reason() is not None, reason=str(reason()))
+
+
+# what nerfstudio imports and does not use here: the viewer, images, logs
+UNUSED = ("viser", "viser.transforms", "cv2", "torch.utils.tensorboard")
+
+
+def imported(name):
+    """A module of nerfstudio, for whose import what is not used may be missing."""
+    stubs = []
+    for unused in UNUSED:
+        try:
+            importlib.import_module(unused)
+        except ImportError:
+            sys.modules[unused] = mock.MagicMock()
+            stubs.append(unused)
+    try:
+        return importlib.import_module(f"nerfstudio.{name}")
+    finally:
+        for stub in stubs:
+            del sys.modules[stub]
 
 
 @pytest.fixture
 def theirs():
     """nerfstudio's losses, rays and renderers, as published."""
     names = ("model_components.losses", "cameras.rays", "model_components.renderers")
-    modules = [importlib.import_module(f"nerfstudio.{name}") for name in names]
+    modules = [imported(name) for name in names]
     yield types.SimpleNamespace(**dict(zip(("losses", "rays", "renderers"), modules, strict=True)))
     compat.uninstall()
 
@@ -310,6 +325,68 @@ def test_expected_depth_stays_within_its_own_ray(theirs):
     w = torch.zeros_like(x.w)
     depth = theirs.renderers.DepthRenderer("expected")(weights=w, ray_samples=x.samples)
     torch.testing.assert_close(depth, (x.t[:, :1] + x.t[:, 1:2]) / 2)
+
+
+# ---- a model
+
+
+def nerfacto(rays):
+    """A small model as it is configured to train, and a step: losses, outputs, gradients."""
+    model_of = imported("models.nerfacto")
+    camera = imported("cameras.camera_optimizers").CameraOptimizerConfig(mode="off")
+    box = imported("data.scene_box").SceneBox(torch.tensor([[-1.0, -1, -1], [1, 1, 1]]))
+    config = model_of.NerfactoModelConfig(
+        implementation="torch",
+        predict_normals=True,
+        num_levels=4,
+        log2_hashmap_size=10,
+        max_res=64,
+        num_proposal_samples_per_ray=(32, 24),
+        num_nerf_samples_per_ray=16,
+        camera_optimizer=camera,
+    )
+    for proposal in config.proposal_net_args_list:
+        proposal.update(log2_hashmap_size=10, max_res=32)
+    torch.manual_seed(0)
+    with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):
+        model = config.setup(scene_box=box, num_train_data=4, device="cpu", grad_scaler=None)
+    model.train()
+
+    def step():
+        torch.manual_seed(1)
+        d = torch.nn.functional.normalize(torch.randn(64, 3), dim=-1)
+        one = torch.ones(64, 1)
+        bundle = rays.RayBundle(
+            *(torch.randn(64, 3) / 10, d, one),
+            camera_indices=torch.zeros(64, 1, dtype=torch.long),
+            nears=0.05 * one,
+            fars=4 * one,
+        )
+        outputs = model.get_outputs(bundle)
+        batch = {"image": torch.rand(64, 3)}
+        losses = model.get_loss_dict(outputs, batch, model.get_metrics_dict(outputs, batch))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
+        rendered = ("rgb", "accumulation", "depth", "expected_depth", "normals", "pred_normals")
+        return losses, {name: outputs[name] for name in rendered}, grads
+
+    return step
+
+
+@needs_nerfstudio
+def test_nerfacto_makes_the_same_step(theirs):
+    pytest.importorskip("torchmetrics")
+    step = nerfacto(theirs.rays)
+    want = step()
+    compat.install()
+    got = step()
+    assert {"interlevel_loss", "distortion_loss", "orientation_loss"} <= want[0].keys()
+    for ours_, theirs_ in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-4, atol=1e-5)
+    for ours_, theirs_ in zip(got[2], want[2], strict=True):
+        assert (ours_ is None) == (theirs_ is None)
+        if theirs_ is not None:
+            assert (ours_ - theirs_).norm() <= 1e-4 * theirs_.norm()
 
 
 # ---- install() itself
