@@ -5,7 +5,6 @@ Ray samples are anything with `spacing_starts`, `spacing_ends` and `frustums.sta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any
@@ -35,7 +34,6 @@ __all__ = [
 # what nerfstudio has as functions
 FUNCTIONS = tuple(name for name in __all__ if name != "DepthLossType")
 EPS = 1e-7
-URF_SIGMA_SCALE_FACTOR = 3.0
 
 
 class DepthLossType(Enum):
@@ -147,12 +145,11 @@ def ds_nerf_depth_loss(
 ) -> Tensor:
     """Depth loss of DS-NeRF, 0-d: the mean over all rays of those whose depth is > 0.
 
-    weights, steps and lengths are [..., S, 1], termination_depth is [..., 1].
+    weights, steps and lengths are [..., S, 1], termination_depth is [..., 1]. A sigma on a GPU is
+    waited for.
     """
-    valid = termination_depth > 0
-    off = steps - termination_depth.masked_fill(~valid, 0)[..., None]
-    terms = -torch.log(weights + EPS) * torch.exp(-(off**2) / (2 * sigma)) * lengths
-    return torch.where(valid, terms.sum(-2), 0).mean()
+    tensors = promoted(*(x[..., 0] for x in (weights, steps, lengths, termination_depth)))
+    return ops.ds_nerf_depth_loss(*tensors, sigma=float(sigma))
 
 
 def urban_radiance_field_depth_loss(
@@ -164,19 +161,11 @@ def urban_radiance_field_depth_loss(
 ) -> Tensor:
     """Lidar losses of Urban Radiance Fields, 0-d: the mean over all rays of those with depth > 0.
 
-    weights and steps are [..., S, 1], both depths are [..., 1].
+    weights and steps are [..., S, 1], both depths are [..., 1]. A sigma on a GPU is waited for.
     """
-    valid = termination_depth > 0
-    depth = termination_depth.masked_fill(~valid, 0)
-    at = depth[..., None]
-    deviation = sigma / URF_SIGMA_SCALE_FACTOR
-    surface = torch.exp(-(((steps - at) / deviation) ** 2) / 2) / (
-        deviation * math.sqrt(2 * math.pi)
-    )
-    near = (steps <= at + sigma) & (steps >= at - sigma)
-    terms = torch.where(near, (weights - surface) ** 2, 0)
-    terms = torch.where(steps < at - sigma, weights**2, terms)
-    return torch.where(valid, (depth - predicted_depth) ** 2 + terms.sum(-2), 0).mean()
+    arguments = (weights, steps, termination_depth, predicted_depth)
+    tensors = promoted(*(x[..., 0] for x in arguments))
+    return ops.urban_radiance_field_depth_loss(*tensors, sigma=float(sigma))
 
 
 def depth_loss(
@@ -189,7 +178,7 @@ def depth_loss(
     is_euclidean: bool,
     depth_loss_type: Enum,
 ) -> Tensor:
-    """One of the two losses above, at the midpoints of the samples in Euclidean distance.
+    """`ds_nerf_depth_loss` or `urban_radiance_field_depth_loss`, at the midpoints of the samples.
 
     A depth along the camera's axis becomes one along the ray by the norm of its direction.
     """
