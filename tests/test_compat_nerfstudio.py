@@ -433,7 +433,23 @@ def test_without_nerfstudio_install_says_so(monkeypatch):
 
 
 @needs_nerfstudio
-def test_intervals_with_gaps_are_an_error_in_debug_mode(theirs):
+def test_edges_that_the_intervals_are_views_of_are_not_copied(theirs):
+    x = Samples(theirs.rays)
+    for leaf in (x.t, x.t_env, x.s):
+        leaf.requires_grad_(False)
+    frustums = x.container(theirs.rays, x.t, x.s).frustums
+    assert ours.edges(frustums.starts, frustums.ends).data_ptr() == x.t.data_ptr()
+    t = torch.rand(3, 10)
+    for t_ in (t, t[:, ::2], t[:, :2], t.t(), t.t()[:2], t.view(3, 2, 5), t[0].expand(4, 10)):
+        starts, ends = t_[..., :-1, None], t_[..., 1:, None]
+        assert torch.equal(ours.edges(starts, ends), t_)
+        assert torch.equal(ours.edges(starts.clone(), ends), t_)
+    # one after the other in memory, and not a step apart
+    starts, ends = t[:, :4, None], t[:, 5:9, None]
+    assert torch.equal(ours.edges(starts, ends), torch.cat([t[:, :4], t[:, 8:9]], -1))
+
+
+def test_intervals_with_gaps_are_an_error_in_debug_mode():
     x = Samples()
     starts, ends = x.t[:, :-1, None], x.t[:, 1:, None]
     with rayfuse.debug():

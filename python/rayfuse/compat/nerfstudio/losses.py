@@ -73,11 +73,30 @@ def ray_samples_to_sdist(ray_samples: Any) -> Tensor:
 def edges(starts: Tensor, ends: Tensor) -> Tensor:
     """Edges [..., S+1] of intervals [..., S, 1] that touch, as nerfstudio's samplers make them.
 
-    In debug mode others are an error.
+    Without a copy where both are views of the edges, as there. In debug mode intervals that do not
+    touch are an error.
     """
+    if _are_views_of_edges(starts, ends):
+        *leading, S, _ = starts.shape
+        return starts.as_strided((*leading, S + 1), starts.stride()[:-1])
     if backend.debugging() and not torch.equal(starts[..., 1:, :], ends[..., :-1, :]):
         raise ValueError("edges: starts must be where the interval before ends, got a gap")
     return torch.cat([starts[..., 0], ends[..., -1:, 0]], -1)
+
+
+def _are_views_of_edges(starts: Tensor, ends: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    step = starts.stride(-2) * starts.element_size()
+    return (
+        not starts.requires_grad
+        and not ends.requires_grad
+        and starts.shape == ends.shape
+        and starts.dtype == ends.dtype
+        and starts.stride()[:-1] == ends.stride()[:-1]
+        and step > 0
+        and ends.data_ptr() == starts.data_ptr() + step
+    )
 
 
 def interlevel_loss(weights_list: Sequence[Tensor], ray_samples_list: Sequence[Any]) -> Tensor:
