@@ -310,6 +310,14 @@ def test_what_fails_in_nerfstudio_is_right(theirs):
     torch.testing.assert_close(w.sum().item(), 1.0)
     (d_sigma,) = torch.autograd.grad(w.square().sum(), sigma)
     assert torch.isfinite(d_sigma).all()
+    # a density that is not a number, here as there: no weight from it on, and only in its ray
+    sigma = x.sigma.detach().clone()
+    sigma[1, 3] = torch.nan
+    w = x.samples.get_weights(sigma.requires_grad_())
+    assert not w[1, 3:].any()
+    torch.testing.assert_close(w[1, :3], flat[1, :3])
+    (d_sigma,) = torch.autograd.grad(w.sum(), sigma)
+    assert torch.isfinite(d_sigma[[0, 2, 3, 4, 5]]).all()
     # an opaque sample hides the others by all of their weight
     alpha = torch.tensor([0.5, 1.0, 0.5])[None, :, None].requires_grad_()
     w, _ = theirs.rays.RaySamples.get_weights_and_transmittance_from_alphas(alpha)

@@ -20,11 +20,14 @@ def get_weights(self: Any, densities: Tensor) -> Tensor:
     is not a number is 0, as in nerfstudio.
     """
     deltas, densities = promoted(self.deltas[..., 0], densities[..., 0])
-    # intervals of width 1 leave what is given here as it is
-    depths = (deltas * densities).masked_fill(deltas == 0, 0)
+    # finite, so that 0 times it is 0; and intervals of width 1 leave the product as it is
+    depths = deltas * densities.clamp(max=torch.finfo(densities.dtype).max)
     t = torch.arange(depths.shape[-1] + 1, dtype=depths.dtype, device=depths.device)
     w, _ = ops.ray_weights(depths, t.expand(*depths.shape[:-1], -1))
-    return torch.nan_to_num(w)[..., None]
+    # not a step of the graph: a ray whose weights are not numbers has no gradient to save
+    with torch.no_grad():
+        w.nan_to_num_()
+    return w[..., None]
 
 
 def get_weights_and_transmittance_from_alphas(
