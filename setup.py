@@ -186,6 +186,8 @@ setup(
     package_dir={"": "python", "rayfuse.triton_kernels": "triton_kernels"},
     packages=[
         "rayfuse",
+        "rayfuse.compat",
+        "rayfuse.compat.nerfstudio",
         "rayfuse.ops",
         "rayfuse.train",
         "rayfuse.triton_kernels",

@@ -97,7 +97,8 @@ def _readable(function):
     name = subprocess.run(["c++filt", function], capture_output=True, text=True, check=True).stdout
     for word in ("void ", "rayfuse::", "(anonymous namespace)::"):
         name = name.replace(word, "")
-    return name.partition("(")[0]
+    # a parenthesis may stand among the template's arguments as well: (Form)0
+    return re.match(r".+?>(?=\()|\w+", name).group()
 
 
 def disassembler():

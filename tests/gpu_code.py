@@ -238,17 +238,14 @@ def update() -> None:
     else:
         measures["cuda"] = (cuda_code.version(), cuda_figures)
     for backend, (version, measure) in measures.items():
-        now = {stem: gpu_figures.fingerprint(stem, backend) for stem in STEMS}
-        stale = []
-        for stem, fingerprint in now.items():
-            was = gpu_figures.read(stem).get(backend, {})
-            if (was.get("from"), was.get("by")) != (fingerprint, version):
-                stale.append(stem)
-        print(f"{backend}: {', '.join(stale) or 'nothing'} to compile")
-        for stem, figures in measure(stale).items() if stale else ():
-            gpu_figures.write(
-                stem, {**gpu_figures.read(stem), backend: {"from": now[stem], **figures}}
-            )
+        for stem in STEMS:
+            figures = gpu_figures.read(stem)
+            made = {"from": gpu_figures.fingerprint(stem, backend), "by": version}
+            if made.items() <= figures.get(backend, {}).items():
+                continue
+            print(f"{backend}: {stem}", flush=True)
+            figures[backend] = {**made, **measure([stem])[stem]}
+            gpu_figures.write(stem, figures)
     gpu_figures.PAGE.write_text(gpu_figures.page())
 
 

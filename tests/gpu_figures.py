@@ -59,7 +59,7 @@ def included(path):
     """A kernel file of the tree with all that it includes, or imports, of the tree."""
     text = path.read_text()
     names = re.findall(r'^#include "(.+)"', text, re.M) if path.suffix != ".py" else []
-    names += [f"{name}.py" for name in re.findall(r"^from \.(\w+) import", text, re.M)]
+    names += [f"{name}.py" for name in re.findall(r"^from \.(\w*) import", text, re.M)]
     return {path}.union(*(included((path.parent / name).resolve()) for name in names))
 
 

@@ -165,6 +165,11 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(
         torch.autograd.grad(compiled(*args), args[1:]), torch.autograd.grad(call(*args), args[1:])
     )
+    # and where nothing wants a gradient
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*args), call(*args))
+    plain = [x.detach() for x in args]
+    torch.testing.assert_close(compiled(*plain), call(*plain))
 
 
 def test_vmap_and_torch_func():

@@ -133,7 +133,9 @@ struct Symbols {
       for (const std::string word : {"void ", "rayfuse::", "(anonymous namespace)::"}) {
         for (size_t i; (i = name.find(word)) != std::string::npos;) name.erase(i, word.size());
       }
-      return name.substr(0, name.find('('));
+      // a parenthesis may stand among the template's arguments as well: (Form)0
+      const size_t end = name.find(">(");
+      return name.substr(0, end == std::string::npos ? name.find('(') : end + 1);
     }
     return "an unknown kernel";
   }

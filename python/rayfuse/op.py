@@ -175,6 +175,9 @@ class Op:
             self._check_once(args)
             if self.scalars:
                 args = self._encoded(args)
+            if torch.compiler.is_compiling() and not _wants_gradient(args):
+                # torch 2.13 traces a Function without gradients as if it took a ctx
+                return transformable.forward(reduction, denominator, *args)
             if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
                 return transformable.apply(reduction, denominator, *args)
             return function.apply(reduction, denominator, *args)
@@ -595,6 +598,12 @@ def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Func
 
     Function.__name__ = Function.__qualname__ = f"{name}.Function"
     return Function, Transformable
+
+
+def _wants_gradient(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        [isinstance(x, Tensor) and x.requires_grad for x in args]
+    )
 
 
 def _gradients(

@@ -2,6 +2,13 @@
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING, Any
+
+# what is found below, for those who import it from here
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
+
 
 STEMS = tuple(module.name for module in pkgutil.iter_modules(__path__))
 __all__: list[str] = []
