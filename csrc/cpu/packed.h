@@ -57,7 +57,8 @@ using RightScan = Scan<A, long_rays, true>;
 // The sum of all lanes.
 template <class A, int places = kLanes<A> / 2>
 A sum_lanes(vec<A> x) {
-  if constexpr (places > 0) return sum_lanes<A, places / 2>(x + shift_down<places>(x));
+  if constexpr (places >= kRays<A>) return sum_lanes<A, places / 2>(x + shift_down<places>(x));
+  if constexpr (places > 0) return sum_lanes<A, places / 2>(x + shift_inside<-places>(x));
   return x[0];
 }
 
