@@ -219,7 +219,8 @@ class RightSum {
 // The sum of all lanes.
 template <class A, int places = kLanes<A> / 2>
 A sum_lanes(vec<A> x) {
-  if constexpr (places > 0) return sum_lanes<A, places / 2>(x + shift_down<places>(x));
+  if constexpr (places >= kRays<A>) return sum_lanes<A, places / 2>(x + shift_down<places>(x));
+  if constexpr (places > 0) return sum_lanes<A, places / 2>(x + shift_inside<-places>(x));
   return x[0];
 }
 // The sum of all samples: ray r is in lane r.

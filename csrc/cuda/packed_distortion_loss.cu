@@ -57,7 +57,8 @@ struct Tile {
         start_before = widen(all.t_starts[k - 1]);
         end_before = widen(all.t_ends[k - 1]);
       }
-      if (k > ray.begin) gap[i] = (start[i] - start_before) + (end[i] - end_before);
+      // before the first sample any finite gap will do: no weight lies there
+      gap[i] = (start[i] - start_before) + (end[i] - end_before);
       width[i] = end[i] - start[i];
     }
   }
