@@ -23,6 +23,16 @@ FEATURE_SIZES = tuple(
 )
 
 
+LINUX = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux says what a process holds"
+)
+
+
+def resident(key="VmRSS"):
+    """Megabytes of this process."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+
+
 class TestRenderFeatures(Contract):
     op = rayfuse.render_features
     sizes = FEATURE_SIZES
@@ -59,20 +69,16 @@ class TestRenderFeatures(Contract):
     def test_long_rays_and_many_channels(self, forced_backend, device, S, C):
         self.assert_as_right_as_torch(self.inputs((2,), device=device, S=S, C=C), f"at {S}, {C}")
 
-    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone says it")
+    @LINUX
     def test_no_temporary_of_the_size_of_the_features(self):
         w, f = self.inputs((1024,), dtype=torch.float32, S=32, C=256)
         f, megabytes = f.half().requires_grad_(), 16
         w.requires_grad_()
 
-        def resident(key):
-            text = Path("/proc/self/status").read_text()
-            return int(text.split(f"{key}:")[1].split()[0]) / 1024
-
         def growth(call):
             call()
             Path("/proc/self/clear_refs").write_text("5")
-            before = resident("VmRSS")
+            before = resident()
             call()
             return resident("VmHWM") - before
 
@@ -105,6 +111,7 @@ class TestRenderFeatures(Contract):
         assert torch.equal(d_f, parts[0][1] + parts[1][1])
         assert torch.equal(d_f, again[1]) and d_f.data_ptr() != again[1].data_ptr()
 
+    @LINUX
     def test_large_gradient_that_nobody_holds_makes_room_for_the_next(self):
         w, f = self.inputs((1100,), S=32, C=256)
         d_features, raw = torch.rand(1100, 256), self.spec.kernels.choose("cpu")
@@ -113,6 +120,9 @@ class TestRenderFeatures(Contract):
             return raw.bwd(d_features, w, f, 2)[1].data_ptr()
 
         assert len({place() for _ in range(4)}) == 1
+        before = resident()
+        rayfuse.release_memory()
+        assert before - resident() > 30
 
     @settings(max_examples=60, deadline=None)
     @given(

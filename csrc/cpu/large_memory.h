@@ -62,11 +62,23 @@ class LargeMemory {
     std::free(block.memory);
   }
 
+  void release() {
+    const std::lock_guard lock(mutex_);
+    for (Block& block : idle_) std::free(std::exchange(block, {}).memory);
+  }
+
  private:
   std::mutex mutex_;
   std::array<Block, 2> idle_;
 };
 #endif
+
+// For Python, by name.
+extern "C" __attribute__((used, visibility("default"))) inline void rayfuse_release_memory() {
+#if defined(__linux__)
+  LargeMemory::instance().release();
+#endif
+}
 
 // Whether the gradient of x goes where one was before.
 inline bool is_large(const Tensor& x) {

@@ -3,7 +3,14 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from .backend import BackendError, backends, debug, last_backend, use_backend
+from .backend import (
+    BackendError,
+    backends,
+    debug,
+    last_backend,
+    release_memory,
+    use_backend,
+)
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 
@@ -12,7 +19,15 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+source"
 
-__all__ = ["BackendError", "backends", "debug", "last_backend", "use_backend", *_ops]
+__all__ = [
+    "BackendError",
+    "backends",
+    "debug",
+    "last_backend",
+    "release_memory",
+    "use_backend",
+    *_ops,
+]
 
 if TYPE_CHECKING:  # ops are found by file, where a type checker does not look
 

@@ -140,6 +140,21 @@ def backends() -> dict[str, str]:
     return {name: reason(name) or "available" for name in NAMES}
 
 
+def release_memory() -> None:
+    """Give back the memory that CPU kernels keep for their next large gradient.
+
+    They keep the last two blocks of 32 MB and more, marked so that the system takes them back where
+    it runs short; until then they count as memory of the process.
+
+    Example:
+        >>> import rayfuse
+        >>> rayfuse.release_memory()
+    """
+    for name in isas():
+        if reason(f"cpu.{name}") is None:
+            ctypes.CDLL(str(library_path("cpu", name))).rayfuse_release_memory()
+
+
 def _valid(name: str | None, source: str) -> str | None:
     known = (*NAMES, *(f"cpu.{isa}" for isa in ISAS))
     if name is not None and name not in known:

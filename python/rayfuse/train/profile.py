@@ -124,6 +124,7 @@ def peak_extra_megabytes(call: Callable[[], Any], device: torch.device | None = 
     def kilobytes(key: str) -> int:
         return int(status.read_text().split(f"{key}:")[1].split()[0])
 
+    rayfuse.release_memory()
     ctypes.CDLL(None).malloc_trim(0)
     clear.write_text("5")
     before = kilobytes("VmRSS")
