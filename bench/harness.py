@@ -279,7 +279,7 @@ class Bench:
         letter, values, leading, along = self.growth
         wants = self.directions[1]
         for value in values:
-            workload = Workload(leading, {letter: value})
+            workload = Workload(leading, {**self.workloads[0].sizes, letter: value})
             inputs = self.inputs(workload)
             turns = {}
             for peer in reversed(self.contenders()):
