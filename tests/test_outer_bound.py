@@ -93,7 +93,9 @@ class TestOuterBound(Contract):
             assert self.call([t, t_env, w_env]).tolist() == [1, 11]
 
     def test_no_bins_bound_everything_by_zero(self, forced_backend, device):
-        args = [x.requires_grad_(i == 2) for i, x in enumerate(self.inputs(device=device, S=3, E=0))]
+        args = [
+            x.requires_grad_(i == 2) for i, x in enumerate(self.inputs(device=device, S=3, E=0))
+        ]
         for outside in RULES:
             w_outer = self.call(args, outside=outside)
             assert torch.equal(w_outer, torch.zeros_like(w_outer))

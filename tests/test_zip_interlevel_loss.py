@@ -109,7 +109,7 @@ class TestZipInterlevelLoss(Contract):
 
     def test_pulse_width_is_checked(self):
         args = self.inputs()
-        with pytest.raises(TypeError, match="zip_interlevel_loss: .*pulse_width"):
+        with pytest.raises(TypeError, match=r"zip_interlevel_loss: .*pulse_width"):
             rayfuse.zip_interlevel_loss(*args)
         with pytest.raises(ValueError, match="pulse_width must be finite and > 0, got 0"):
             self.call(args, pulse_width=0.0)

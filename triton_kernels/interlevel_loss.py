@@ -126,9 +126,7 @@ def _uncovered(w, w_outer, EPS: tl.constexpr):
     return tl.where(covered, 0.0, rest), tl.where(covered, 0.0, rest / (w + EPS))
 
 
-def fwd(
-    t: Tensor, w: Tensor, t_env: Tensor, w_env: Tensor, outside: int, eps: float
-) -> Tensor:
+def fwd(t: Tensor, w: Tensor, t_env: Tensor, w_env: Tensor, outside: int, eps: float) -> Tensor:
     S, E = w.shape[-1], w_env.shape[-1]
     loss = w.new_empty(w.shape[:-1], dtype=accumulator(w.dtype))
     R = loss.numel()

@@ -16,7 +16,7 @@ from .common import accumulator, empty_gradient
 # comparisons at once: 4096 spill the masks on gfx942
 _TILE = 2048
 _MAX_BLOCK_S = 64
-_BLOCK_E = 32
+_BLOCK_E = 16
 
 
 @triton.jit
@@ -167,9 +167,7 @@ def blocks_that_meet(
 
 
 @triton.jit
-def count_up_to(
-    edge_ptrs, n, x, ray, RIGHT: tl.constexpr, STEPS: tl.constexpr, A: tl.constexpr
-):
+def count_up_to(edge_ptrs, n, x, ray, RIGHT: tl.constexpr, STEPS: tl.constexpr, A: tl.constexpr):
     """How many of the n + 1 edges are below x, with RIGHT also those at x."""
     begin = tl.zeros(x.shape, tl.int64)
     end = begin + n + 1
@@ -186,7 +184,7 @@ def count_up_to(
 def launch(R: int, S: int, E: int) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the tile of programs that compare samples with bins."""
     block_s = min(max(triton.next_power_of_2(S), 16), _MAX_BLOCK_S)
-    block_r = max(_TILE // (block_s * _BLOCK_E), 1)
+    block_r = _TILE // (block_s * _BLOCK_E)
     options = {"num_warps": 4, "enable_fp_fusion": True}
     tile = {"BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_E": _BLOCK_E}
     more = {"ONE_BLOCK": block_s >= S, "STEPS": max(S, E).bit_length() + 1}

@@ -15,7 +15,8 @@ from torch import Tensor
 from .common import accumulator, empty_gradient
 from .outer_bound import count_up_to, load
 
-_MAX_BLOCK_S = 128
+_TILE = 128
+_MAX_BLOCK_S = 64
 _BLOCK_E = 64
 
 
@@ -188,7 +189,7 @@ def _launch(R: int, S: int) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and a tile with about one sample and one bin for each thread."""
     # the double values of 4 rays of 128 samples spill on sm_90
     block_s = min(max(triton.next_power_of_2(S + 1), 16), _MAX_BLOCK_S)
-    block_r = _MAX_BLOCK_S // block_s
+    block_r = _TILE // block_s
     options = {"num_warps": 4, "enable_fp_fusion": True}
     tile = {"BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_E": _BLOCK_E}
     return (triton.cdiv(R, block_r),), {**tile, "STEPS": S.bit_length() + 1, **options}

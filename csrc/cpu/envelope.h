@@ -129,7 +129,8 @@ struct Edges {
   A first, last;
   bool sorted, env_sorted;
 
-  Edges(int64_t S, int64_t E) : t(S + 1 + Sorted<A>::kPadding), inner(std::max<int64_t>(E - 1, 0)) {}
+  Edges(int64_t S, int64_t E)
+      : t(S + 1 + Sorted<A>::kPadding), inner(std::max<int64_t>(E - 1, 0)) {}
 
   void read(const T* t_row, int64_t S, const T* t_env, int64_t E) {
     sorted = copy_sorted(t_row, S + 1, t.data());
@@ -169,9 +170,9 @@ class Envelope {
   // Sums their weights.
   void add_up(const T* w_env, int rays) {
     const int in_first = std::min(rays, kRays<A>);
-    const Rays<const T> halves[] = {{w_env, E_, in_first},
-                                    {w_env + (rays - in_first ? kRays<A> * E_ : 0), E_,
-                                     std::max(rays - in_first, 1)}};
+    const Rays<const T> halves[] = {
+        {w_env, E_, in_first},
+        {w_env + (rays - in_first ? kRays<A> * E_ : 0), E_, std::max(rays - in_first, 1)}};
     HalfSums sums[2] = {};
     for (int64_t k = 0; k < E_; k += kLanes<A>) {
       const Block<A> weights[] = {halves[0].load_at(k, E_ - k), halves[1].load_at(k, E_ - k)};
@@ -207,8 +208,8 @@ class Envelope {
   }
   const A* w_outer() const { return w_outer_.data() + 1; }
 
-  // The gradient to w_env of the ray that was located last, ray r of those up to `end` that a thread
-  // stores in this order.
+  // The gradient to w_env of the ray that was located last, ray r of those up to `end` that a
+  // thread stores in this order.
   void store_gradient_of(int64_t r, int64_t end,
                          const A* d_outer,  // [-1 .. S + kLanes], 0 where there is no sample
                          T* d_w_env) {      // [R, E]
@@ -329,7 +330,7 @@ class Envelope {
   std::vector<Sums> until_;
   std::vector<Edges<T>> edges_;
   std::vector<lane_int<A>> nodes_, bins_;  // bins from -1
-  std::vector<A> w_outer_, sums_;  // w_outer from -1
+  std::vector<A> w_outer_, sums_;          // w_outer from -1
   std::vector<T> last_rows_;
 };
 

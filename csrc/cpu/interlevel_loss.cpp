@@ -1,8 +1,8 @@
-// Interlevel loss: L = 1/S sum_i r_i u_i with r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i + eps),
-// w_outer_i the weight of the envelope's bins that sample i touches (envelope.h).
-// One thread owns a group of rays. Forward: one pass. Backward: the same pass again, then
-// d_w_outer_i = -2 u_i, d_w_i = u_i (2 - u_i), and each bin of w_env gets the gradients of the samples
-// it bounds, all times d_loss / S. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
+// Interlevel loss: L = 1/S sum_i r_i u_i with r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i +
+// eps), w_outer_i the weight of the envelope's bins that sample i touches (envelope.h). One thread
+// owns a group of rays. Forward: one pass. Backward: the same pass again, then d_w_outer_i = -2
+// u_i, d_w_i = u_i (2 - u_i), and each bin of w_env gets the gradients of the samples it bounds,
+// all times d_loss / S. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
 #include "envelope.h"
 
 namespace rayfuse {

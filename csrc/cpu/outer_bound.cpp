@@ -1,7 +1,7 @@
-// Outer bound: w_outer_i = sum of w_env over the bins from that of edge t_i to that of edge t_{i+1}.
-// One thread owns a group of rays. Forward: running sums of w_env in double, then a search for every
-// edge, 16 envelope edges at a time. Backward: the search again; each bin of w_env gets the gradients
-// of the samples it bounds. Source: nerfstudio's `outer`, docs/interlevel.md.
+// Outer bound: w_outer_i = sum of w_env over the bins from that of edge t_i to that of edge
+// t_{i+1}. One thread owns a group of rays. Forward: running sums of w_env in double, then a search
+// for every edge, 16 envelope edges at a time. Backward: the search again; each bin of w_env gets
+// the gradients of the samples it bounds. Source: nerfstudio's `outer`, docs/interlevel.md.
 #include "envelope.h"
 
 namespace rayfuse {

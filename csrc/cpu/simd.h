@@ -287,7 +287,7 @@ uint32_t lanes_up_to(V a, V b) {
 #endif
 }
 template <class A>
-constexpr uint32_t kAllLanes = (1u << kLanes<A>) - 1;
+constexpr uint32_t kAllLanes = (1u << kLanes<A>)-1;
 
 // How many of the lowest bits are set, before all that are not.
 inline int count_bits(uint32_t bits) {

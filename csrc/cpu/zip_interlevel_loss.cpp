@@ -1,9 +1,9 @@
 // Zip-NeRF's interlevel loss: L = 1/E sum_k r_k u_k with r_k = max(0, w_blur_k - w_env_k) and
 // u_k = r_k / (w_env_k + eps). The weight up to x, blurred by a box of half-width p, is
-// (I(x + p) - I(x - p)) / 2p, I the integral of the weight up to a place: a parabola in each sample.
-// One thread owns a ray. It searches the ends of every parabola among the envelope's edges and fills
-// those between, in double. Backward: the same pass, d_w_env_k = -u_k (2 + u_k) d_loss / E.
-// Source: Zip-NeRF, section 4; derivation: docs/interlevel.md.
+// (I(x + p) - I(x - p)) / 2p, I the integral of the weight up to a place: a parabola in each
+// sample. One thread owns a ray. It searches the ends of every parabola among the envelope's edges
+// and fills those between, in double. Backward: the same pass, d_w_env_k = -u_k (2 + u_k) d_loss /
+// E. Source: Zip-NeRF, section 4; derivation: docs/interlevel.md.
 #include "envelope.h"
 
 namespace rayfuse {
@@ -24,7 +24,8 @@ class Blur {
         in_nodes_(S + 1 + Sorted<double>::kPadding),
         pieces_(S + 1),
         env_edges_(E + 1),
-        sums_{std::vector<double>(E + 2 + kLanes<double>), std::vector<double>(E + 2 + kLanes<double>)},
+        sums_{std::vector<double>(E + 2 + kLanes<double>),
+              std::vector<double>(E + 2 + kLanes<double>)},
         w_blur_(E) {}
 
   const A* operator()(const T* t, const T* w, const T* t_env) {
@@ -187,8 +188,8 @@ Tensor fwd(const Tensor& t, const Tensor& w, const Tensor& t_env, const Tensor& 
     const T *t_env_ptr = data<T>(t_env), *w_env_ptr = data<T>(w_env);
     A* loss_ptr = mutable_data<A>(loss);
     for_rays<A>(loss.numel(), S + E, [=](int64_t begin, int64_t end) {
-      losses(begin, end, S, E, pulse_width, static_cast<A>(eps), t_ptr, w_ptr, t_env_ptr,
-             w_env_ptr, loss_ptr);
+      losses(begin, end, S, E, pulse_width, static_cast<A>(eps), t_ptr, w_ptr, t_env_ptr, w_env_ptr,
+             loss_ptr);
     });
   });
   return loss;

@@ -1,6 +1,6 @@
 // The bins of an envelope in which the edges of a ray lie, the weight between them, and the way
-// back: what outer_bound and interlevel_loss share. Bins are counted from 1: bin 0 and bin E + 1 are
-// what lies outside, and weigh nothing. Derivation: docs/interlevel.md.
+// back: what outer_bound and interlevel_loss share. Bins are counted from 1: bin 0 and bin E + 1
+// are what lies outside, and weigh nothing. Derivation: docs/interlevel.md.
 #pragma once
 
 #include "launch.h"

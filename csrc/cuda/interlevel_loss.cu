@@ -1,9 +1,9 @@
-// Interlevel loss: L = 1/S sum_i r_i u_i with r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i + eps),
-// w_outer_i the weight of the envelope's bins that sample i touches (envelope.h).
-// A warp owns a ray, a block a long one; all arrays of a ray are on chip, or in global memory where
-// they do not fit. One pass over memory each way. Backward: d_w_outer_i = -2 u_i, d_w_i = u_i (2 - u_i),
-// and each bin of w_env gets the gradients of the samples it bounds, all times d_loss / S.
-// Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
+// Interlevel loss: L = 1/S sum_i r_i u_i with r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i +
+// eps), w_outer_i the weight of the envelope's bins that sample i touches (envelope.h). A warp owns
+// a ray, a block a long one; all arrays of a ray are on chip, or in global memory where they do not
+// fit. One pass over memory each way. Backward: d_w_outer_i = -2 u_i, d_w_i = u_i (2 - u_i), and
+// each bin of w_env gets the gradients of the samples it bounds, all times d_loss / S. Source:
+// Mip-NeRF 360, eq. 13; docs/interlevel.md.
 #include "envelope.h"
 
 namespace rayfuse {
@@ -79,9 +79,7 @@ __global__ void __launch_bounds__(kBlock)
     __syncthreads();
     envelope.locate(t_here + ray * (S + 1), t_env_here + ray * (E + 1), w_env_here + ray * E,
                     outside);
-    const auto uncovered = [&](int i) {
-      return Uncovered<A>(w_here[i], envelope.w_outer(i), eps);
-    };
+    const auto uncovered = [&](int i) { return Uncovered<A>(w_here[i], envelope.w_outer(i), eps); };
     // the edges and the weights of the envelope have done their duty
     auto* const d_w_here = on_chip(arrays.t, d_w ? d_w + r * S : nullptr);
     auto* const d_w_env_here = on_chip(arrays.w_env, d_w_env ? d_w_env + r * E : nullptr);

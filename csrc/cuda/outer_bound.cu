@@ -1,8 +1,8 @@
-// Outer bound: w_outer_i = sum of w_env over the bins from that of edge t_i to that of edge t_{i+1}.
-// A warp owns a ray, a block a long one; all arrays of a ray are on chip, or in global memory where
-// they do not fit. Running sums of w_env in double, a bisection for every edge; backward: running
-// sums of the gradient, two bisections for every bin. One pass over memory each way.
-// Source: nerfstudio's `outer`, docs/interlevel.md.
+// Outer bound: w_outer_i = sum of w_env over the bins from that of edge t_i to that of edge
+// t_{i+1}. A warp owns a ray, a block a long one; all arrays of a ray are on chip, or in global
+// memory where they do not fit. Running sums of w_env in double, a bisection for every edge;
+// backward: running sums of the gradient, two bisections for every bin. One pass over memory each
+// way. Source: nerfstudio's `outer`, docs/interlevel.md.
 #include "envelope.h"
 
 namespace rayfuse {

@@ -1,9 +1,9 @@
 // Zip-NeRF's interlevel loss: L = 1/E sum_k r_k u_k with r_k = max(0, w_blur_k - w_env_k) and
 // u_k = r_k / (w_env_k + eps). The weight up to x, blurred by a box of half-width p, is
-// (I(x + p) - I(x - p)) / 2p, I the integral of the weight up to a place: a parabola in each sample.
-// A warp owns a ray, a block a long one; all arrays of a ray are on chip, or in global memory where
-// they do not fit. One pass over memory each way, the blur in double.
-// Backward: d_w_env_k = -u_k (2 + u_k) d_loss / E. Source: Zip-NeRF, section 4; docs/interlevel.md.
+// (I(x + p) - I(x - p)) / 2p, I the integral of the weight up to a place: a parabola in each
+// sample. A warp owns a ray, a block a long one; all arrays of a ray are on chip, or in global
+// memory where they do not fit. One pass over memory each way, the blur in double. Backward:
+// d_w_env_k = -u_k (2 + u_k) d_loss / E. Source: Zip-NeRF, section 4; docs/interlevel.md.
 #include "envelope.h"
 
 namespace rayfuse {
@@ -28,8 +28,8 @@ struct Blur {
     __syncthreads();
     for (int k = ray.team.rank; k <= ray.E; k += kThreads) {
       const double x = t_env[k];
-      until[k] = (integral_until(x + pulse_width) - integral_until(x - pulse_width)) /
-                 (2 * pulse_width);
+      until[k] =
+          (integral_until(x + pulse_width) - integral_until(x - pulse_width)) / (2 * pulse_width);
     }
     __syncthreads();
   }
@@ -76,8 +76,9 @@ __global__ void __launch_bounds__(kBlock)
         load_rows(t_env + r * (E + 1), arrays.t_env, count * (E + 1)) + ray * (E + 1);
     const auto* w_env_here = load_rows(w_env + r * E, arrays.w_env, count * E) + ray * E;
     __syncthreads();
-    const Blur<kThreads, T> blur = {envelope,       t_here,           w_here,         t_env_here,
-                                    envelope.sums,  envelope.more_sums, envelope.until, pulse_width};
+    const Blur<kThreads, T> blur = {envelope,       t_here,        w_here,
+                                    t_env_here,     envelope.sums, envelope.more_sums,
+                                    envelope.until, pulse_width};
     blur.prepare();
     DoubleSum own = {};
     for (int k = team.rank; k < E; k += kThreads) {
@@ -115,8 +116,9 @@ __global__ void __launch_bounds__(kBlock)
     const auto* w_env_here = load_rows(w_env + r * E, arrays.w_env, count * E) + ray * E;
     const A scale = -d_loss[r + ray] / max(E, 1);
     __syncthreads();
-    const Blur<kThreads, T> blur = {envelope,       t_here,           w_here,         t_env_here,
-                                    envelope.sums,  envelope.more_sums, envelope.until, pulse_width};
+    const Blur<kThreads, T> blur = {envelope,       t_here,        w_here,
+                                    t_env_here,     envelope.sums, envelope.more_sums,
+                                    envelope.until, pulse_width};
     blur.prepare();
     // the edges of the envelope have done their duty
     auto* const d_w_env_here = on_chip(arrays.t_env, d_w_env + r * E);

@@ -16,9 +16,7 @@ Outside = Literal["clamp", "zero", "below_zero"]
     domain=dict(t=increasing, t_env=increasing, w_env=nonnegative),
     constant=("t", "t_env"),
 )
-def outer_bound(
-    t: Tensor, t_env: Tensor, w_env: Tensor, *, outside: Outside = "clamp"
-) -> Tensor:
+def outer_bound(t: Tensor, t_env: Tensor, w_env: Tensor, *, outside: Outside = "clamp") -> Tensor:
     """Weight of all envelope bins that an interval touches: the most it may weigh itself.
 
     w_outer_i = sum_k w_env_k over the bins from that of edge t_i to that of edge t_{i+1}, where an

@@ -32,9 +32,9 @@ def zip_interlevel_loss(
     (w_env_k + eps).
 
     The weights of the final level, spread evenly over their intervals, are blurred by a box that
-    reaches `pulse_width` to either side; w_blur_k is what then lies in bin k of the proposal. Unlike
-    in `interlevel_loss`, moving an edge a little changes it a little. Samples of width 0 count as
-    points, the limit of narrow ones (docs/interlevel.md). The mean is over the E bins of a ray.
+    reaches `pulse_width` to either side; w_blur_k is what then lies in bin k of the proposal.
+    Unlike in `interlevel_loss`, moving an edge a little changes it a little. Samples of width 0
+    count as points, the limit of narrow ones (docs/interlevel.md). The mean is over the E bins.
 
     Args:
         t: [..., S+1] edges of the final level's samples, not decreasing. Constant.
