@@ -35,7 +35,7 @@ struct Options {
 // What the mean depth is the mean of.
 template <class A>
 __device__ A place(Depth depth, A mid) {
-  return depth == Depth::kExpected ? mid : log_of(max(mid, std::numeric_limits<A>::min()));
+  return depth == Depth::kExpected ? mid : log_of(mid < kSmallest<A> ? kSmallest<A> : mid);
 }
 
 // The pass from the left of a team over its ray.
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       const A mid = medium.mid(k);
       A d_mid = slope * weights[k];
       if (options.depth == Depth::kLogMean) {
-        d_mid = mid < std::numeric_limits<A>::min() ? A(0) : d_mid / mid;
+        d_mid = mid < kSmallest<A> ? A(0) : d_mid / mid;
       }
       if (first + k == fixed_sample) d_mid += fixed;
       d_t_chip[k + 1] = A(0.5) * d_mid + d_width;

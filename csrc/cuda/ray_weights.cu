@@ -31,7 +31,7 @@ __device__ Medium<accumulator<T>> load_medium(const Team<kThreads>& team, const 
 template <class A>
 __device__ A depth_at(const Medium<A>& medium, const Tile& tile, int k, bool opaque_background) {
   const bool wall = opaque_background && tile.first + k == tile.S - 1;
-  return wall ? std::numeric_limits<A>::infinity() : medium.depth(k);
+  return wall ? kInfinity<A> : medium.depth(k);
 }
 
 template <int kThreads, class T>

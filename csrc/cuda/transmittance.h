@@ -11,6 +11,13 @@
 
 namespace rayfuse {
 
+template <class A>
+constexpr A kLargest = std::numeric_limits<A>::max();
+template <class A>
+constexpr A kSmallest = std::numeric_limits<A>::min();
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
 __device__ inline float exp_of(float x) { return expf(x); }
 __device__ inline double exp_of(double x) { return exp(x); }
 __device__ inline float expm1_of(float x) { return expm1f(x); }
@@ -119,12 +126,11 @@ struct Medium {
   __device__ A mid(int k) const { return A(0.5) * (t[k] + t[k + 1]); }
   // the largest number stands for inf: times 0 it is 0
   __device__ A depth(int k) const {
-    const A most = std::numeric_limits<A>::max();
-    return (sigma[k] > most ? most : sigma[k]) * width(k);
+    return (sigma[k] > kLargest<A> ? kLargest<A> : sigma[k]) * width(k);
   }
   // of a width; a wall stays one, however thick it is
   __device__ A d_width(int k, A d_depth) const {
-    return sigma[k] > std::numeric_limits<A>::max() ? A(0) : d_depth * sigma[k];
+    return sigma[k] > kLargest<A> ? A(0) : d_depth * sigma[k];
   }
 };
 
