@@ -1,4 +1,5 @@
-"""alpha_weights beside what people use: a cumulative product, with nerfstudio's epsilon and without."""
+"""alpha_weights beside what people use: a cumulative product, with nerfstudio's epsilon and without
+it."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def product(alpha: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def biased(alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """As nerfstudio's `get_weights_and_transmittance_from_alphas`: the gradient divides by 1 - alpha,
-    so 1e-7 is added."""
+    """As nerfstudio's `get_weights_and_transmittance_from_alphas`: the gradient divides by
+    1 - alpha, so 1e-7 is added."""
     ones = alpha.new_ones((*alpha.shape[:-1], 1))
     transmittance = torch.cat([ones, 1 - alpha + 1e-7], -1).cumprod(-1)
     return alpha * transmittance[..., :-1], transmittance

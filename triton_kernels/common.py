@@ -80,6 +80,8 @@ def add_exactly(total, lost, x):
     term = x - lost
     after = total + term
     return after, (after - total) - term
+
+
 # ---- samples along rays, in tiles [rays, samples]
 
 

@@ -530,7 +530,9 @@ def _plot(
         if smooth:
             axes.plot(*_thin(x, values), color=style["color"], linewidth=0.8, alpha=0.3)
         mark = "o" if np.isfinite(values).sum() == 1 else None
-        line: dict[str, Any] = {"linewidth": 6, "alpha": 0.4} if name == behind else {"linewidth": 1.8}
+        line: dict[str, Any] = (
+            {"linewidth": 6, "alpha": 0.4} if name == behind else {"linewidth": 1.8}
+        )
         axes.plot(*_thin(x, drawn[name]), **style, **line, marker=mark)
     for index, level in enumerate((levels or {}).values()):
         axes.axhline(level, color=_INK, linewidth=1.2, linestyle=DASHES[1 + index % 2])
