@@ -91,4 +91,4 @@ def test_example_in_the_readme_runs():
 def test_tests_derive_from_the_contract():
     for stem in STEMS:
         source = (ROOT / ROLES["test"].format(stem)).read_text()
-        assert "(Contract)" in source, f"test_{stem}.py does not derive from Contract"
+        assert "Contract)" in source, f"test_{stem}.py does not derive from Contract"
