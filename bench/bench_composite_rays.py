@@ -1,5 +1,5 @@
-"""composite_rays beside what people use: nerfstudio's renderers in PyTorch, and kernels fused by hand
-in numba."""
+"""composite_rays beside what people use: nerfstudio's renderers in PyTorch, and kernels fused by
+hand in numba."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class BenchCompositeRays(harness.Bench):
     """Densities to colour, depth and accumulation."""
 
     op = staticmethod(rayfuse.composite_rays)
-    options = dict(density=True)  # noqa: RUF012
+    options = dict(density=True)
     title = "from densities,"
     workloads = (
         Workload((4096,), dict(S=48, C=3)),
@@ -162,7 +162,7 @@ class BenchCompositeRays(harness.Bench):
 class BenchCompositeRaysFromWeights(BenchCompositeRays):
     """Weights to colour, depth and accumulation."""
 
-    options = dict(density=False)  # noqa: RUF012
+    options = dict(density=False)
     title = "from weights,"
     peers = (
         peers.eager("", renderers, mean=False),

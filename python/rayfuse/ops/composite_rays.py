@@ -11,7 +11,7 @@ from ..domain import Domain, increasing
 from ..op import Op, op
 from .ray_weights import ray_weights
 
-__all__ = ["composite_rays", "Composite", "blend_background", "blend_for_loss"]
+__all__ = ["Composite", "blend_background", "blend_for_loss", "composite_rays"]
 
 # weights or densities
 weight = Domain("be finite or inf, and >= 0", lambda x: x >= 0, lambda u: 3 * u)
@@ -34,11 +34,15 @@ class CompositeOp(Op):
 
     def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         if len(args) == 3 and "f" not in named:
-            args, named = args[:2], {**named, "f": args[2]}
-        values = dict(zip(self.domain, super()._positional(args, named), strict=True))
+            *required, f = args
+            args, named = tuple(required), {**named, "f": f}
+        given = super()._positional(args, named)
+        values: dict[str, Any] = dict(zip(self.domain, given, strict=True))
         background = values["background"]
         if background is not None and values["last_sample"]:
-            self._fail(ValueError, "background", "be None with last_sample=True", background)
+            self._fail(
+                ValueError, "background", "be None with last_sample=True", type(background).__name__
+            )
         t, w, f = (values[name] for name in ("t", "w", "f"))
         if isinstance(background, (int, float)) and isinstance(t, Tensor):
             background = t.new_tensor([background])

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..domain import Domain, increasing
 from ..op import op
 
-__all__ = ["ray_weights", "optical_depths"]
+__all__ = ["ray_weights"]
 
 # samples reach from glass to walls; an infinite density is a wall
 density = Domain("be finite or inf, and >= 0", lambda x: x >= 0, lambda u: 16 * u**3)
