@@ -1,5 +1,4 @@
-"""alpha_weights beside what people use: a cumulative product, with nerfstudio's epsilon and without
-it."""
+"""alpha_weights beside what people use: a cumulative product, with an epsilon and without."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ def product(alpha: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def biased(alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """As nerfstudio's `get_weights_and_transmittance_from_alphas`: the gradient divides by
+    """As nerfstudio's `get_weights_and_transmittance_from_alphas`: its gradient divides by
     1 - alpha, so 1e-7 is added."""
     ones = alpha.new_ones((*alpha.shape[:-1], 1))
     transmittance = torch.cat([ones, 1 - alpha + 1e-7], -1).cumprod(-1)

@@ -34,12 +34,15 @@ class CompositeOp(Op):
 
     def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         if len(args) == 3 and "f" not in named:
-            *args_, f = args
-            args, named = tuple(args_), {**named, "f": f}
-        values = dict(zip(self.domain, super()._positional(args, named), strict=True))
+            *required, f = args
+            args, named = tuple(required), {**named, "f": f}
+        given = super()._positional(args, named)
+        values: dict[str, Any] = dict(zip(self.domain, given, strict=True))
         background = values["background"]
         if background is not None and values["last_sample"]:
-            self._fail(ValueError, "background", "be None with last_sample=True", background)
+            self._fail(
+                ValueError, "background", "be None with last_sample=True", type(background).__name__
+            )
         t, w, f = (values[name] for name in ("t", "w", "f"))
         if isinstance(background, (int, float)) and isinstance(t, Tensor):
             background = t.new_tensor([background])
@@ -197,6 +200,13 @@ def blend_for_loss(
 
     Source:
         nerfstudio, `RGBRenderer.blend_background_for_loss_computation`.
+
+    Example:
+        >>> import torch, rayfuse
+        >>> features, accumulation = torch.tensor([0.5, 0.0, 0.0]), torch.tensor(0.5)
+        >>> rgba = torch.tensor([1.0, 0.0, 0.0, 0.5])
+        >>> rayfuse.blend_for_loss(features, accumulation, rgba)
+        (tensor([0.5000, 0.0000, 0.0000]), tensor([0.5000, 0.0000, 0.0000]))
     """
     if isinstance(background, str) and background == "random":
         background = torch.rand_like(features)
