@@ -1,10 +1,9 @@
 # Interlevel loss, the formulas of csrc/cpu/interlevel_loss.cpp: L = 1/S sum_i r_i u_i with
 # r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i + eps); d_w_outer_i = -2 u_i,
-# d_w_i = u_i (2 - u_i), and each bin of w_env gets the gradients of the samples it bounds, all
-# times d_loss / S.
-# A program owns BLOCK_R rays and compares BLOCK_S samples with BLOCK_E bins at a time, as in
-# outer_bound.py. Backward: the bounds, then the comparison again the other way; between them u is
-# in registers, or, of rays of several blocks, in global memory. Derivation: docs/interlevel.md.
+# d_w_i = u_i (2 - u_i), each bin of w_env gets the gradients of the samples it bounds; all times
+# d_loss / S. A program owns BLOCK_R rays and compares BLOCK_S samples with BLOCK_E bins at a time,
+# as in outer_bound.py. Backward: the bounds, then the comparison again the other way; between them
+# u is in registers, or, of rays of several blocks, in global memory. See docs/interlevel.md.
 from __future__ import annotations
 
 import triton
