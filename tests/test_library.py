@@ -41,7 +41,9 @@ def test_library_exports_nothing_of_its_own(library):
     out = subprocess.run(
         ["nm", "-DC", "--defined-only", library], capture_output=True, text=True, check=True
     )
-    assert "rayfuse" not in out.stdout
+    ours = {line.split()[-1] for line in out.stdout.splitlines() if "rayfuse" in line}
+    # it is called by name, of each library in turn
+    assert ours == {"rayfuse_release_memory"}
 
 
 def test_baseline_library_holds_no_avx():

@@ -614,6 +614,7 @@ void gradients(int64_t begin, int64_t end, const Options& options,
 }  // namespace
 }  // namespace rayfuse
 
+#include "large_memory.h"
 #include "registration.h"
 
 namespace rayfuse {
@@ -681,7 +682,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(MaybeTensor d_features, MaybeTens
                                                bool last_sample, int64_t needs) {
   const Options options = options_of(w, f, background, depth, density, last_sample);
   const auto gradient = [&](const MaybeTensor& x, int i) {
-    return x ? empty_gradient(*x, needs, i) : empty(t, {0}, dtype_of(t));
+    return x ? large_gradient(*x, needs, i) : empty(t, {0}, dtype_of(t));
   };
   Tensor d_t = gradient(t, 0), d_w = gradient(w, 1), d_f = gradient(f, 2);
   Tensor d_background = gradient(background, 3);

@@ -103,6 +103,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, int64_t E, 
 }  // namespace
 }  // namespace rayfuse
 
+#include "large_memory.h"
 #include "registration.h"
 
 namespace rayfuse {
@@ -132,7 +133,7 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t, const Tens
                                const Tensor& t_env, const Tensor& w_env, int64_t outside,
                                double eps, int64_t needs) {
   const int64_t S = w.size(-1), E = w_env.size(-1);
-  Tensor d_w = empty_gradient(w, needs, 0), d_w_env = empty_gradient(w_env, needs, 1);
+  Tensor d_w = empty_gradient(w, needs, 0), d_w_env = large_gradient(w_env, needs, 1);
   dispatch(t, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;

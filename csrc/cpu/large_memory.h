@@ -1,6 +1,6 @@
 // Large outputs, in memory that was one before. The allocator takes 32 MB and more fresh from the
 // system at each call, which clears new pages: for 604 MB that takes 13 ms, and writing them 8 (2
-// threads, huge pages). So the last two blocks that nobody uses any more stay for the next call.
+// threads, huge pages). So the last four blocks that nobody uses any more stay for the next call.
 // Their pages are marked free: the system takes them back where it runs short.
 #pragma once
 
@@ -69,7 +69,7 @@ class LargeMemory {
 
  private:
   std::mutex mutex_;
-  std::array<Block, 2> idle_;
+  std::array<Block, 4> idle_;
 };
 #endif
 
@@ -114,6 +114,10 @@ inline Tensor large_gradient(const Tensor& x, int64_t needs, int i) {
   }
 #endif
   return empty_gradient(x, needs, i);
+}
+inline Tensor large_gradient(const std::optional<Tensor>& x, const Tensor& like, int64_t needs,
+                             int i) {
+  return x ? large_gradient(*x, needs, i) : empty_gradient(x, like, needs, i);
 }
 
 }  // namespace rayfuse

@@ -131,6 +131,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, accumulator
 }  // namespace
 }  // namespace rayfuse
 
+#include "large_memory.h"
 #include "registration.h"
 
 namespace rayfuse {
@@ -175,8 +176,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const std::optional<Tensor>& d_or
                                                const std::optional<Tensor>& d, int64_t nan,
                                                int64_t needs) {
   const int64_t S = w.size(-1);
-  Tensor d_w = empty_gradient(w, needs, 0), d_n = empty_gradient(n, needs, 1);
-  Tensor d_n_pred = empty_gradient(n_pred, w, needs, 2), d_d = empty_gradient(d, w, needs, 3);
+  Tensor d_w = empty_gradient(w, needs, 0), d_n = large_gradient(n, needs, 1);
+  Tensor d_n_pred = large_gradient(n_pred, w, needs, 2), d_d = empty_gradient(d, w, needs, 3);
   dispatch(w, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;

@@ -59,6 +59,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, int64_t E, 
 }  // namespace
 }  // namespace rayfuse
 
+#include "large_memory.h"
 #include "registration.h"
 
 namespace rayfuse {
@@ -86,7 +87,7 @@ Tensor fwd(const Tensor& t, const Tensor& t_env, const Tensor& w_env, int64_t ou
 Tensor bwd(const Tensor& d_outer, const Tensor& t, const Tensor& t_env, const Tensor& w_env,
            int64_t outside, int64_t needs) {
   const int64_t S = t.size(-1) - 1, E = w_env.size(-1), R = t.numel() / (S + 1);
-  Tensor d_w_env = empty_gradient(w_env, needs, 0);
+  Tensor d_w_env = large_gradient(w_env, needs, 0);
   if (d_w_env.numel() == 0) return d_w_env;
   dispatch(t, [&](auto type) {
     using T = decltype(type);

@@ -172,6 +172,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, int64_t E, 
 }  // namespace
 }  // namespace rayfuse
 
+#include "large_memory.h"
 #include "registration.h"
 
 namespace rayfuse {
@@ -198,7 +199,7 @@ Tensor fwd(const Tensor& t, const Tensor& w, const Tensor& t_env, const Tensor& 
 Tensor bwd(const Tensor& d_loss, const Tensor& t, const Tensor& w, const Tensor& t_env,
            const Tensor& w_env, double pulse_width, double eps, int64_t needs) {
   const int64_t S = w.size(-1), E = w_env.size(-1);
-  Tensor d_w_env = empty_gradient(w_env, needs, 0);
+  Tensor d_w_env = large_gradient(w_env, needs, 0);
   if (d_w_env.numel() == 0) return d_w_env;
   dispatch(t, [&](auto type) {
     using T = decltype(type);
