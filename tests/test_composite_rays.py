@@ -37,7 +37,7 @@ class TestCompositeRays(Contract):
     op = rayfuse.composite_rays
     # around the 16, 8, 4 and 2 lanes of the registers, in samples and in channels
     sizes = (
-        *({"S": S, "C": 3} for S in (0, 1, 2, 3, 8, 15, 17, 33, 48, 130)),
+        *({"S": S, "C": 3} for S in (0, 1, 2, 3, 8, 15, 17, 33, 48, 65)),
         *({"S": 1, "C": C} for C in (0, 5)),
         *({"S": S, "C": C} for S, C in ((19, 1), (17, 2), (19, 4), (7, 5), (18, 16), (5, 37))),
     )

@@ -78,6 +78,11 @@ class TestRayWeights(Contract):
             for ours, exact in zip(grads, want[1], strict=True):
                 torch.testing.assert_close(ours.cpu().double(), exact, rtol=1e-3, atol=1e-5)
 
+    def test_wall_is_opaque_however_thin(self, forced_backend, device):
+        t = torch.tensor([0.0, 2.0**-120], device=device)
+        w, transmittance = self.call([torch.full_like(t[:1], torch.inf), t])
+        assert (w.item(), transmittance.tolist()) == (1.0, [1.0, 0.0])
+
     def test_opaque_background_stops_all_light(self, forced_backend, device):
         sigma, t = self.inputs(device=device)
         w, transmittance = self.call([sigma, t], {"opaque_background": True})

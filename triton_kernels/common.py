@@ -92,10 +92,11 @@ def load(ptrs, mask, A: tl.constexpr):
 
 @triton.jit
 def optical_depth(sigma_ptrs, t_ptrs, s, mask, A: tl.constexpr):
-    """sigma dt of samples s; the largest number stands for inf: times 0 it is 0."""
+    """sigma dt of samples s; a wall without width is nothing."""
     sigma = load(sigma_ptrs + s, mask, A)
     width = load(t_ptrs + s + 1, mask, A) - load(t_ptrs + s, mask, A)
-    return tl.where(is_wall(sigma, A), _most(A), sigma) * width
+    nothing = is_wall(sigma, A) & (width == 0)
+    return tl.where(nothing, 0.0, tl.where(nothing, 0.0, sigma) * width)
 
 
 @triton.jit

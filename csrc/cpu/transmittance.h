@@ -33,10 +33,10 @@ struct LightPass {
     density = sigma.load_at(k, n);
     step_t(k);
     width = t1 - t0;
-    // the largest number stands for inf: times 0 it is 0
+    // a wall without width is nothing
     Block<A> x = each_column<A>([&](int j) {
-      const vec<A> finite = density.column[j] > kMost ? kMost - vec<A>{} : density.column[j];
-      return finite * width.column[j];
+      const vec<A> sigma_here = density.column[j], width_here = width.column[j];
+      return (sigma_here > kMost) & (width_here == 0) ? vec<A>{} : sigma_here * width_here;
     });
     if (opaque_background && n <= kLanes<A>) {
       for (int r = 0; r < K; ++r) {

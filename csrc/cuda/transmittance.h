@@ -124,9 +124,9 @@ struct Medium {
 
   __device__ A width(int k) const { return t[k + 1] - t[k]; }
   __device__ A mid(int k) const { return A(0.5) * (t[k] + t[k + 1]); }
-  // the largest number stands for inf: times 0 it is 0
+  // a wall without width is nothing
   __device__ A depth(int k) const {
-    return (sigma[k] > kLargest<A> ? kLargest<A> : sigma[k]) * width(k);
+    return sigma[k] > kLargest<A> && width(k) == 0 ? A(0) : sigma[k] * width(k);
   }
   // of a width; a wall stays one, however thick it is
   __device__ A d_width(int k, A d_depth) const {
