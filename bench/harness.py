@@ -29,7 +29,7 @@ STREAM_VALUES = 1 << 24
 STREAM_BYTES = 12 * STREAM_VALUES
 # long enough that code and allocator are warm: what one op finds cold is the other's doing
 TURN_SECONDS = 1e-2
-TEST_SECONDS = 4
+TEST_SECONDS = 2
 SLOW_SECONDS = 0.25
 SLOW_TURNS = 3
 

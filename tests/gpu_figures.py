@@ -38,8 +38,8 @@ TYPES = {
 # backend -> an op's kernels, and what else decides its figures
 KERNELS = {"triton": "triton_kernels/{}.py", "cuda": "csrc/cuda/{}.cu"}
 TOOLS = {
-    "triton": ["tests/gpu_code.py"],
-    "cuda": ["tests/cuda_code.py", "tests/simt.py", "csrc/simt/**/*.*"],
+    "triton": ["tests/gpu_code.py", "tests/gpu_figures.py"],
+    "cuda": ["tests/cuda_code.py", "tests/gpu_figures.py", "tests/simt.py", "csrc/simt/**/*.*"],
 }
 
 

@@ -53,6 +53,12 @@ def toy_packed(w: Tensor, offsets: Tensor) -> Tensor:
     return w.new_zeros(len(offsets) - 1).index_add(0, ray, w * w)
 
 
+@op("x[..., S] -> y[..., S]")
+def toy_scaled(x: Tensor, *, by: float) -> Tensor:
+    """A scalar that has no default."""
+    return by * x
+
+
 SIZES = dict(S=5, C=3)
 SCALARS = dict(mode="twice", eps=0.5, square=True)
 
@@ -235,6 +241,13 @@ def test_errors_name_the_argument_the_rule_and_the_value(named, error, message):
             toy(t, w, **named)
         assert str(raised.value).startswith("toy: ")
         assert message in str(raised.value)
+
+
+def test_a_scalar_without_a_default_must_be_given():
+    x = torch.rand(3)
+    assert torch.equal(toy_scaled(x, by=2.0), 2 * x)
+    with pytest.raises(TypeError, match="toy_scaled: missing a required argument: 'by'"):
+        toy_scaled(x)
 
 
 def test_named_tensors_and_wrong_dtypes():

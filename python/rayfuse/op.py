@@ -147,6 +147,9 @@ class Op:
         absent = [array.name for array in signature.inputs if array.optional]
         self._keywords: dict[str, Any] = dict.fromkeys(absent)
         self._keywords |= {scalar.name: scalar.default for scalar in self.scalars}
+        self._mandatory = {
+            scalar.name for scalar in self.scalars if scalar.default is inspect.Parameter.empty
+        }
         self.kernels = backend.Kernels(self.name, self._reference_fwd, self._reference_bwd)
         self._libraries = [
             self._register(namespace)
@@ -211,7 +214,10 @@ class Op:
 
     def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """All tensors, then all scalars."""
-        if len(args) != len(self._required) or not named.keys() <= self._keywords.keys():
+        if (
+            len(args) != len(self._required)
+            or not self._mandatory <= named.keys() <= self._keywords.keys()
+        ):
             try:
                 bound = inspect.Signature(self.parameters).bind(*args, **named)
             except TypeError as error:
