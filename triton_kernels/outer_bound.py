@@ -169,10 +169,10 @@ def blocks_that_meet(
 @triton.jit
 def count_up_to(edge_ptrs, n, x, ray, RIGHT: tl.constexpr, STEPS: tl.constexpr, A: tl.constexpr):
     """How many of the n + 1 edges are below x, with RIGHT also those at x."""
-    begin = tl.zeros(x.shape, tl.int64)
-    end = begin + n + 1
+    end = tl.zeros(x.shape, tl.int32) + n + 1
+    begin = tl.zeros_like(end)
     for _ in range(STEPS):
-        middle = (begin + end) // 2
+        middle = begin + (end - begin) // 2
         searching = begin < end
         edge = load(edge_ptrs + middle, ray & searching, A)
         goes_on = ~(edge > x) if RIGHT else edge < x
