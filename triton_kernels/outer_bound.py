@@ -185,9 +185,11 @@ def launch(R: int, S: int, E: int) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the tile of programs that compare samples with bins."""
     block_s = min(max(triton.next_power_of_2(S), 16), _MAX_BLOCK_S)
     block_r = _TILE // (block_s * _BLOCK_E)
-    options = {"num_warps": 4, "enable_fp_fusion": True}
+    one_block = block_s >= S
+    # bisections take registers: with 4 warps 5 of 64 kernels of long rays spill, with 8 warps one
+    options = {"num_warps": 4 if one_block else 8, "enable_fp_fusion": True}
     tile = {"BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_E": _BLOCK_E}
-    more = {"ONE_BLOCK": block_s >= S, "STEPS": max(S, E).bit_length() + 1}
+    more = {"ONE_BLOCK": one_block, "STEPS": max(S, E).bit_length() + 1}
     return (triton.cdiv(R, block_r),), {**tile, **more, **options}
 
 
