@@ -20,8 +20,11 @@ struct Uncovered {
   }
 };
 
+// Of a multiprocessor: for more of them kernels would spill.
+constexpr int kLeastBlocks = 3;
+
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks)
     interlevel_loss_fwd_kernel(RayBlocks blocks, int64_t outside, accumulator<T> eps,
                                const T* __restrict__ t,              // [R, S+1]
                                const T* __restrict__ w,              // [R, S]
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks)
     interlevel_loss_bwd_kernel(RayBlocks blocks, int64_t outside, accumulator<T> eps,
                                const accumulator<T>* __restrict__ d_loss,  // [R]
                                const T* __restrict__ t,                    // [R, S+1]

@@ -56,8 +56,12 @@ struct Lacking {
   }
 };
 
+// Of a multiprocessor: for more of them kernels of long rays would spill.
+template <int kThreads>
+constexpr int kLeastBlocks = kThreads == kWarp ? 3 : 2;
+
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
     zip_interlevel_loss_fwd_kernel(RayBlocks blocks, double pulse_width, accumulator<T> eps,
                                    const T* __restrict__ t,              // [R, S+1]
                                    const T* __restrict__ w,              // [R, S]
@@ -94,7 +98,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
     zip_interlevel_loss_bwd_kernel(RayBlocks blocks, double pulse_width, accumulator<T> eps,
                                    const accumulator<T>* __restrict__ d_loss,  // [R]
                                    const T* __restrict__ t,                    // [R, S+1]
