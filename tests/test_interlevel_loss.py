@@ -15,16 +15,18 @@ def as_nerfstudio(t, w, t_env, w_env, eps=1e-7):
 
 class TestInterlevelLoss(Contract):
     op = rayfuse.interlevel_loss
+    # around the registers' lanes and the nodes of 16 edges, and triton's blocks of 64 by 16
     sizes = tuple(
         {"S": S, "E": E}
-        for S, E in (
-            *((1, 1), (2, 1), (1, 2), (3, 5), (8, 4), (4, 17), (16, 16), (17, 18), (15, 33)),
-            *((48, 96), (33, 257), (130, 31), (70, 300)),
-        )
+        for S, E in ((1, 1), (3, 5), (4, 9), (16, 16), (17, 33), (64, 15), (65, 31))
     )
-    typical = {"S": 11, "E": 9}
+    typical = {"S": 6, "E": 5}
     variants = ({}, {"outside": "zero"}, {"outside": "below_zero"}, {"eps": 1e-3})
     gpu_sizes = ({"S": 48, "E": 96}, {"S": 48, "E": 256}, {"S": 4096, "E": 4096})
+    gpu_spills = {
+        "interlevel_loss_fwd_kernel": "in fp32 on sm_80 at S = 4,096: 8 bytes, as the compiler "
+        "keeps to 48 registers"
+    }
 
     def test_mean_over_rays_is_the_mean_over_all_samples(self, forced_backend, device):
         args = self.inputs((5, 6), torch.float64, device, S=12, E=4)
@@ -63,9 +65,13 @@ class TestInterlevelLoss(Contract):
         assert w.grad.isfinite().all() and w_env.grad.isfinite().all()
         assert w.grad[:3].tolist() == [0, 0, 0]
 
-    @pytest.mark.parametrize("sizes", [{"S": 300, "E": 5000}, {"S": 5000, "E": 300}], ids=str)
-    def test_long_rays(self, forced_backend, device, sizes):
-        self.assert_as_right_as_torch(self.inputs((2,), device=device, **sizes), f"at {sizes}")
+    @pytest.mark.parametrize(
+        "dtype, sizes",
+        [(torch.float32, {"S": 200, "E": 3200}), (torch.float64, {"S": 2000, "E": 300})],
+        ids=str,
+    )
+    def test_long_rays(self, forced_backend, device, dtype, sizes):
+        self.assert_as_right_as_torch(self.inputs((2,), dtype, device, **sizes), f"at {sizes}")
 
     def test_far_bins_do_not_cost_digits(self, forced_backend, device):
         """Sums of 4096 weights, of which a sample sees one or two."""

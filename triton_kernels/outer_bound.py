@@ -169,10 +169,10 @@ def blocks_that_meet(
 @triton.jit
 def count_up_to(edge_ptrs, n, x, ray, RIGHT: tl.constexpr, STEPS: tl.constexpr, A: tl.constexpr):
     """How many of the n + 1 edges are below x, with RIGHT also those at x."""
-    begin = tl.zeros(x.shape, tl.int64)
-    end = begin + n + 1
+    end = tl.zeros(x.shape, tl.int32) + n + 1
+    begin = tl.zeros_like(end)
     for _ in range(STEPS):
-        middle = (begin + end) // 2
+        middle = begin + (end - begin) // 2
         searching = begin < end
         edge = load(edge_ptrs + middle, ray & searching, A)
         goes_on = ~(edge > x) if RIGHT else edge < x
@@ -185,9 +185,11 @@ def launch(R: int, S: int, E: int) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the tile of programs that compare samples with bins."""
     block_s = min(max(triton.next_power_of_2(S), 16), _MAX_BLOCK_S)
     block_r = _TILE // (block_s * _BLOCK_E)
-    options = {"num_warps": 4, "enable_fp_fusion": True}
+    one_block = block_s >= S
+    # bisections take registers: with 4 warps 5 of 64 kernels of long rays spill, with 8 warps one
+    options = {"num_warps": 4 if one_block else 8, "enable_fp_fusion": True}
     tile = {"BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_E": _BLOCK_E}
-    more = {"ONE_BLOCK": block_s >= S, "STEPS": max(S, E).bit_length() + 1}
+    more = {"ONE_BLOCK": one_block, "STEPS": max(S, E).bit_length() + 1}
     return (triton.cdiv(R, block_r),), {**tile, **more, **options}
 
 

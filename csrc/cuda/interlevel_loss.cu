@@ -20,8 +20,11 @@ struct Uncovered {
   }
 };
 
+// Of a multiprocessor: for more of them kernels would spill.
+constexpr int kLeastBlocks = 3;
+
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks)
     interlevel_loss_fwd_kernel(RayBlocks blocks, int64_t outside, accumulator<T> eps,
                                const T* __restrict__ t,              // [R, S+1]
                                const T* __restrict__ w,              // [R, S]
@@ -47,7 +50,7 @@ __global__ void __launch_bounds__(kBlock)
       own.value += here.r * here.u;
     }
     const double total = team.template scan<false>(own).total.value;
-    if (team.rank == 0 && team.index < count) {
+    if (team.rank == 0 && count > team.index) {
       loss[r + ray] = static_cast<accumulator<T>>(total / max(S, 1));
     }
     __syncthreads();
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks)
     interlevel_loss_bwd_kernel(RayBlocks blocks, int64_t outside, accumulator<T> eps,
                                const accumulator<T>* __restrict__ d_loss,  // [R]
                                const T* __restrict__ t,                    // [R, S+1]
@@ -83,13 +86,13 @@ __global__ void __launch_bounds__(kBlock)
     // the edges and the weights of the envelope have done their duty
     auto* const d_w_here = on_chip(arrays.t, d_w ? d_w + r * S : nullptr);
     auto* const d_w_env_here = on_chip(arrays.w_env, d_w_env ? d_w_env + r * E : nullptr);
-    for (int i = team.rank; d_w && team.index < count && i < S; i += kThreads) {
+    for (int i = team.rank; d_w && count > team.index && i < S; i += kThreads) {
       const A u = uncovered(i).u;
       d_w_here[ray * S + i] = scale * (u * (2 - u));
     }
     if (d_w_env) {
       envelope.gradient([&](int i) { return -2 * scale * uncovered(i).u; },
-                        team.index < count ? d_w_env_here + ray * E : nullptr);
+                        count > team.index ? d_w_env_here + ray * E : nullptr);
     }
     __syncthreads();
     if (d_w) store(d_w + r * S, d_w_here, count * S);

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kBlock)
     envelope.locate(t_here + ray * (S + 1), t_env_here + ray * (E + 1), w_env_here + ray * E,
                     outside);
     auto* const w_outer_here = on_chip(arrays.w, w_outer + r * S);
-    for (int i = team.rank; team.index < count && i < S; i += kThreads) {
+    for (int i = team.rank; count > team.index && i < S; i += kThreads) {
       w_outer_here[ray * S + i] = envelope.w_outer(i);
     }
     __syncthreads();
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kBlock)
     envelope.find_bins(t_here + ray * (S + 1), t_env_here + ray * (E + 1), outside);
     auto* const d_w_env_here = on_chip(arrays.w_env, d_w_env + r * E);
     envelope.gradient([&](int i) { return d_outer[i]; },
-                      team.index < count ? d_w_env_here + ray * E : nullptr);
+                      count > team.index ? d_w_env_here + ray * E : nullptr);
     __syncthreads();
     store(d_w_env + r * E, d_w_env_here, count * E);
     __syncthreads();

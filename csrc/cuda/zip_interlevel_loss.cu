@@ -56,8 +56,12 @@ struct Lacking {
   }
 };
 
+// Of a multiprocessor: for more of them kernels of long rays would spill.
+template <int kThreads>
+constexpr int kLeastBlocks = kThreads == kWarp ? 3 : 2;
+
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
     zip_interlevel_loss_fwd_kernel(RayBlocks blocks, double pulse_width, accumulator<T> eps,
                                    const T* __restrict__ t,              // [R, S+1]
                                    const T* __restrict__ w,              // [R, S]
@@ -86,7 +90,7 @@ __global__ void __launch_bounds__(kBlock)
       own.value += here.r * here.u;
     }
     const double total = team.template scan<false>(own).total.value;
-    if (team.rank == 0 && team.index < count) {
+    if (team.rank == 0 && count > team.index) {
       loss[r + ray] = static_cast<accumulator<T>>(total / max(E, 1));
     }
     __syncthreads();
@@ -94,7 +98,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
     zip_interlevel_loss_bwd_kernel(RayBlocks blocks, double pulse_width, accumulator<T> eps,
                                    const accumulator<T>* __restrict__ d_loss,  // [R]
                                    const T* __restrict__ t,                    // [R, S+1]
@@ -122,7 +126,7 @@ __global__ void __launch_bounds__(kBlock)
     blur.prepare();
     // the edges of the envelope have done their duty
     auto* const d_w_env_here = on_chip(arrays.t_env, d_w_env + r * E);
-    for (int k = team.rank; team.index < count && k < E; k += kThreads) {
+    for (int k = team.rank; count > team.index && k < E; k += kThreads) {
       const A u = Lacking<A>(blur.weight(k), w_env_here[k], eps).u;
       d_w_env_here[ray * E + k] = scale * (u * (2 + u));
     }
