@@ -8,8 +8,11 @@
 namespace rayfuse {
 namespace {
 
+// Of a multiprocessor: for more of them kernels would spill.
+constexpr int kLeastBlocks = 3;
+
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks)
     outer_bound_fwd_kernel(RayBlocks blocks, int64_t outside,
                            const T* __restrict__ t,                 // [R, S+1]
                            const T* __restrict__ t_env,             // [R, E+1]
@@ -38,7 +41,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks)
     outer_bound_bwd_kernel(RayBlocks blocks, int64_t outside,
                            const accumulator<T>* __restrict__ d_w_outer,  // [R, S]
                            const T* __restrict__ t,                       // [R, S+1]
