@@ -87,7 +87,7 @@ def test_fingerprint_is_of_all_that_decides(monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda path: files.append(path.name) or read(path))
     monkeypatch.setattr(gpu_figures.contract("distortion_loss"), "gpu_sizes", ({"S": 64},))
     assert before != gpu_figures.fingerprint("distortion_loss", "triton")
-    assert {*files} == {*names, "gpu_code.py"}
+    assert {*files} == {*names, "gpu_code.py", "gpu_figures.py"}
     files.clear()
     gpu_figures.fingerprint("distortion_loss", "cuda")
     assert {"rays.h", "accumulator.h", "cuda_code.py", "simt.py", "executor.cpp"} <= {*files}
