@@ -420,15 +420,20 @@ class TestObjective:
 
     def test_depth_is_supervised_where_it_is_known(self):
         t = torch.linspace(1, 3, 41, dtype=torch.double).expand(4, 41)
+        middle = 0.5 * (t[:, 1:] + t[:, :-1])
         w = torch.rand(4, 40, dtype=torch.double, requires_grad=True)
         depth = torch.tensor([[2.0], [torch.nan], [1.5], [torch.inf]], dtype=torch.double)
-        ours = depth_loss(Level(t, t, w), depth, 0.11)
+        rendered = (w * middle).sum(-1, keepdim=True)
+        ours = depth_loss(Level(t, t, w), depth, rendered, 0.11)
         total = 0.0
         for r in (0, 2):
+            target = depth[r, 0].item()
+            total += (rendered[r, 0].item() / target - 1) ** 2
             for i in range(40):
-                low, high = (t[r, i + k].item() / depth[r, 0].item() for k in (0, 1))
-                likely = math.exp(-(((low + high) / 2 - 1) ** 2) / (2 * 0.11))
-                total -= math.log(w[r, i].item() + 1e-7) * likely * (high - low)
+                low, high = (t[r, i + k].item() / target - 1 for k in (0, 1))
+                if low <= 0.11:
+                    sides = [math.erf(edge / (0.11 / 3) / math.sqrt(2)) for edge in (low, high)]
+                    total += (w[r, i].item() - 0.5 * (sides[1] - sides[0])) ** 2
         assert ours.item() == pytest.approx(total / 2)
         (grad,) = torch.autograd.grad(ours, w)
         assert grad.isfinite().all() and not grad[[1, 3]].any()
@@ -436,7 +441,7 @@ class TestObjective:
     def test_depth_unknown_everywhere_costs_exactly_nothing(self):
         w = torch.rand(2, 3, requires_grad=True)
         t = torch.linspace(0, 1, 4).expand(2, 4)
-        ours = depth_loss(Level(t, t, w), torch.full((2, 1), torch.nan), 0.1)
+        ours = depth_loss(Level(t, t, w), torch.full((2, 1), torch.nan), w.sum(1, True), 0.1)
         assert ours.item() == 0
         assert not torch.autograd.grad(ours, w)[0].any()
 
