@@ -106,8 +106,8 @@ def depth_loss(level: Level, depth: Tensor, rendered: Tensor, sigma: float) -> T
     (D̂ - D)² + Σ (w - m)² over the intervals that begin before D + σ, with distances as shares of D
     and σ = `sigma`. m is the mass of N(D, σ/3) in an interval, so empty space before D costs w²,
     and an interval wider than the band that holds D is asked for all the weight.
-    `rayfuse.depth_loss` takes the density at the middle of an interval instead, and so misses a band
-    that lies between two of the few middles here.
+    `rayfuse.depth_loss` takes the density at the middle of an interval instead, and so misses a
+    band that lies between two of the few middles here.
     """
     known = depth.isfinite() & (depth > 0)
     target = torch.where(known, depth, 1.0)
