@@ -636,11 +636,6 @@ void dispatch_pair(const Tensor& t, const MaybeTensor& f, const Call& call) {
   });
 }
 
-template <class T>
-const T* maybe_data(const MaybeTensor& x) {
-  return x ? data<T>(*x) : nullptr;
-}
-
 Options options_of(const Tensor& w, const MaybeTensor& f, const MaybeTensor& background,
                    int64_t depth, bool density, bool last_sample) {
   const int64_t C = f ? f->size(-1) : background ? background->size(-1) : 0;
@@ -660,8 +655,8 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t, const Tensor& w, MaybeTe
     using T = decltype(type);
     using F = decltype(f_type);
     using A = accumulator<T>;
-    const T *t_ptr = data<T>(t), *w_ptr = data<T>(w), *background_ptr = maybe_data<T>(background);
-    const F* f_ptr = maybe_data<F>(f);
+    const T *t_ptr = data<T>(t), *w_ptr = data<T>(w), *background_ptr = data<T>(background);
+    const F* f_ptr = data<F>(f);
     A *features_ptr = mutable_data<A>(features), *depth_ptr = mutable_data<A>(depth);
     A* accumulation_ptr = mutable_data<A>(accumulation);
     const int64_t S = options.S;
@@ -681,19 +676,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(MaybeTensor d_features, MaybeTens
                                                MaybeTensor background, int64_t depth, bool density,
                                                bool last_sample, int64_t needs) {
   const Options options = options_of(w, f, background, depth, density, last_sample);
-  const auto gradient = [&](const MaybeTensor& x, int i) {
-    return x ? large_gradient(*x, needs, i) : empty(t, {0}, dtype_of(t));
-  };
-  Tensor d_t = gradient(t, 0), d_w = gradient(w, 1), d_f = gradient(f, 2);
-  Tensor d_background = gradient(background, 3);
+  Tensor d_t = large_gradient(t, needs, 0), d_w = large_gradient(w, needs, 1);
+  Tensor d_f = large_gradient(f, t, needs, 2),
+         d_background = large_gradient(background, t, needs, 3);
   dispatch_pair(t, f, [&](auto type, auto f_type) {
     using T = decltype(type);
     using F = decltype(f_type);
     using A = accumulator<T>;
-    const A *d_features_ptr = maybe_data<A>(d_features), *d_depth_ptr = maybe_data<A>(d_depth);
-    const A* d_accumulation_ptr = maybe_data<A>(d_accumulation);
-    const T *t_ptr = data<T>(t), *w_ptr = data<T>(w), *background_ptr = maybe_data<T>(background);
-    const F* f_ptr = maybe_data<F>(f);
+    const A *d_features_ptr = data<A>(d_features), *d_depth_ptr = data<A>(d_depth);
+    const A* d_accumulation_ptr = data<A>(d_accumulation);
+    const T *t_ptr = data<T>(t), *w_ptr = data<T>(w), *background_ptr = data<T>(background);
+    const F* f_ptr = data<F>(f);
     const Gradients<T, F> d{mutable_data<T>(d_t), mutable_data<T>(d_w), mutable_data<F>(d_f),
                             mutable_data<T>(d_background)};
     const int64_t S = options.S;
