@@ -561,93 +561,157 @@ class Contract:
 
 
 class PackedContract(Contract):
-    """The same for ops on packed rays, whose last input is `offsets`: the leading dimensions are a
-    number of rays, and a size P the samples of each on average."""
+    """The same for ops on packed rays: the leading dimensions are a number of rays, and the sizes P
+    and Q the samples or bins of each on average."""
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        if cls.op is None:
+            return
+        # the letter of a size -> the place of the offsets that count up to it
+        cls.offsets = {
+            cls.spec.domain[name].size: cls.spec.inputs.index(name) for name in cls.spec.integer
+        }
 
     def inputs(self, leading=None, dtype=torch.float32, device="cpu", seed=0, **sizes):
         R = math.prod(self.leading if leading is None else leading)
-        sizes = sizes or self.typical
-        args = self.spec.sample((), dtype, seed, **{**sizes, "R": R, "P": R * sizes["P"]})
-        return [x.to(device) for x in args]
+        sizes = {**(sizes or self.typical), "R": R}
+        sizes |= {letter: R * sizes[letter] for letter in self.offsets}
+        return [x.to(device) for x in self.spec.sample((), dtype, seed, **sizes)]
+
+    def own(self, array, args, first, last):
+        """Where in an array rays first..last are."""
+        letter = array.dims[0][0]
+        if letter in self.offsets:
+            offsets = args[self.offsets[letter]]
+            return slice(offsets[first].item(), offsets[last].item())
+        return slice(first, last + (array.name in self.spec.integer))
 
     def rays(self, args, first, last):
         """Some of the rays alone."""
-        begin, end = args[-1][first], args[-1][last]
-        return [*(x[begin:end] for x in args[:-1]), args[-1][first : last + 1] - begin]
+        some = [
+            x[self.own(array, args, first, last)]
+            for array, x in zip(self.spec.signature.inputs, args, strict=True)
+        ]
+        for i in self.offsets.values():
+            some[i] = some[i] - some[i][0]
+        return some
 
     def longest(self, args):
-        """A ray, and where its samples are."""
-        r = args[-1].diff().argmax().item()
-        return r, slice(args[-1][r], args[-1][r + 1])
+        """The ray of the most samples."""
+        return args[self.offsets["P"]].diff().argmax().item()
+
+    def replaced(self, args, i, x):
+        return [*args[:i], x, *args[i + 1 :]]
 
     def bad_calls(self, device):
         yield from super().bad_calls(device)
         args = self.inputs(device=device)
-        offsets = args[-1]
-        yield "offsets must be int64, got int32", TypeError, [*args[:-1], offsets.int()]
-        yield "offsets must have shape [R+1]", ValueError, [*args[:-1], offsets[None]]
-        yield "offsets must have shape [R+1]", ValueError, [*args[:-1], offsets[:0]]
+        for i in self.offsets.values():
+            name, x = self.spec.inputs[i], args[i]
+            rule = f"{name} must have shape [R+1]"
+            yield f"{name} must be int64, got int32", TypeError, self.replaced(args, i, x.int())
+            yield rule, ValueError, self.replaced(args, i, x[None])
+            yield rule, ValueError, self.replaced(args, i, x[:0])
 
-    def bad_offsets(self, args):
-        P = len(args[0])
+    def bad_offsets(self, offsets):
+        P = offsets[-1].item()
         for place, value in ((0, 1), (0, -1), (3, P + 1), (3, -1), (-1, P - 1), (-1, 1 << 62)):
-            offsets = args[-1].clone()
-            offsets[place] = value
-            yield offsets
-        yield args[-1].flip(0)
-        yield args[-1][:1]
-        yield torch.tensor([P, -P, 1 << 62, -(1 << 62), P // 2, 0, P, 1], device=args[-1].device)
+            wrong = offsets.clone()
+            wrong[place] = value
+            yield wrong
+        yield offsets.flip(0)
+        if len(self.offsets) == 1 and not any(
+            array.dims[0] == ("R", 0) for array in self.spec.signature.inputs
+        ):
+            yield offsets[:1]
+            yield torch.tensor([P, -P, 1 << 62, -(1 << 62), P // 2, 0, P, 1], device=offsets.device)
 
     def test_bad_offsets_are_named_where_they_can_be_seen_and_never_lead_out_of_bounds(
         self, forced_backend, device
     ):
         args = self.leaves(self.inputs(device=device))
         wanted = [args[i] for i in self.differentiable()]
-        message = "offsets must rise from 0 to the number of samples, got"
-        for offsets in self.bad_offsets(args):
-            with rayfuse.debug(), pytest.raises(ValueError, match=message):
-                self.call([*args[:-1], offsets])
-            if forced_backend == "ref" or forced_backend.startswith("cpu"):
-                with pytest.raises(ValueError, match=message):
-                    self.call([*args[:-1], offsets])
-                continue
-            outputs = self.outputs([*args[:-1], offsets])
-            poison = [torch.full_like(x, torch.nan) for x in (*wanted, *outputs)]
-            del poison
-            grads = torch.autograd.grad(outputs, wanted, list(map(torch.ones_like, outputs)))
-            assert all(torch.isfinite(x).all() for x in (*outputs, *grads))
+        for i in self.offsets.values():
+            rule = f"{self.spec.inputs[i]} must rise from 0 to the number of samples, got"
+            for offsets in self.bad_offsets(args[i]):
+                wrong = self.replaced(args, i, offsets)
+                with rayfuse.debug(), pytest.raises(ValueError, match=rule):
+                    self.call(wrong)
+                if forced_backend == "ref" or forced_backend.startswith("cpu"):
+                    with pytest.raises(ValueError, match=rule):
+                        self.call(wrong)
+                    continue
+                outputs = self.outputs(wrong)
+                poison = [torch.full_like(x, torch.nan) for x in (*wanted, *outputs)]
+                del poison
+                grads = torch.autograd.grad(outputs, wanted, list(map(torch.ones_like, outputs)))
+                assert all(torch.isfinite(x).all() for x in (*outputs, *grads))
+
+    def test_sorted_ray_indices_stand_for_offsets(self, forced_backend, device):
+        args = self.inputs(device=device)
+        i = self.offsets["P"]
+        want = self.outputs(args)
+        R = len(args[i]) - 1
+        named = dict(zip(self.spec.inputs, args, strict=True))
+        named |= {name: None for name, x in self.variants[0].items() if x is None}
+        del named["offsets"]
+        ray_indices = torch.arange(R, device=device).repeat_interleave(args[i].diff())
+        options = {"reduction": "none"} if self.spec.is_loss else {}
+        options |= {name: x for name, x in self.variants[0].items() if name not in named}
+        got = as_tuple(type(self).op(**named, **options, ray_indices=ray_indices, rays=R))
+        assert all(map(torch.equal, got, want))
 
     def test_empty_rays_anywhere_change_nothing(self, forced_backend, device):
         args = self.inputs(device=device)
-        offsets = args[-1][args[-1].diff(prepend=args[-1].new_tensor([-1])) > 0]
-        with_empty = offsets.repeat_interleave(3)[1:]
-        lengths = offsets.diff()
-        d_outputs = self.d_outputs([*args[:-1], offsets])
-        spread = [torch.zeros(3 * len(lengths) + 1, *y.shape[1:]).to(y) for y in d_outputs]
-        filled = with_empty.diff() > 0
-        for y, d_y in zip(spread, d_outputs, strict=True):
-            y[filled] = d_y
-        want, grads = self.gradients([*args[:-1], offsets], d_outputs)
-        got, same = self.gradients([*args[:-1], with_empty], spread)
+        R = len(args[self.offsets["P"]]) - 1
+        filled = slice(1, None, 3)
+
+        def spread(array, x):
+            """With an empty ray before each of these, and one after."""
+            if array.dims[0][0] in self.offsets:
+                return x
+            if array.name in self.spec.integer:
+                return x.repeat_interleave(3)[1:]
+            y = torch.zeros(3 * R + 1, *x.shape[1:]).to(x)
+            y[filled] = x
+            return y
+
+        def of_filled(array, y):
+            return y if array.dims[0][0] in self.offsets else y[filled]
+
+        arrays, outputs = self.spec.signature.inputs, self.spec.signature.outputs
+        d_outputs = self.d_outputs(args)
+        want, grads = self.gradients(args, d_outputs)
+        with_empty = list(map(spread, arrays, args))
+        d_with_empty = list(map(spread, outputs, d_outputs))
+        got, same = self.gradients(with_empty, d_with_empty)
+        with rayfuse.use_backend("ref"):
+            right, _ = self.gradients(with_empty, d_with_empty)
+        wanted = [arrays[i] for i in self.differentiable()]
         # not to the bit: how GPUs cut rays into tiles depends on how long they are on average
-        for ours, right in zip((*(y[filled] for y in got), *same), (*want, *grads), strict=True):
-            torch.testing.assert_close(ours, right)
-        assert all((y[~filled] == 0).all() for y in got)
+        for array, ours, alone in zip(
+            (*outputs, *wanted), (*got, *same), (*want, *grads), strict=True
+        ):
+            torch.testing.assert_close(of_filled(array, ours), alone)
+        for ours, torch_ in zip(got, right, strict=True):
+            torch.testing.assert_close(ours, torch_)
+            assert not self.spec.is_loss or (ours[0::3] == 0).all()
 
     def test_one_long_ray_beside_many_short_ones(self, forced_backend, device):
         long, many = (4_100, 40) if forced_backend in EMULATED else (1_000_000, 1_000_000)
         lengths = torch.ones(many + 1, dtype=torch.int64)
         lengths[many // 2] = long
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        args = self.spec.sample((), R=many + 1, P=many + long)
-        args = [*args[:-1], offsets]
-        if "t_starts" in self.spec.inputs:
+        counts = dict.fromkeys(self.offsets, many + long)
+        args = self.spec.sample((), **{**self.typical, "R": many + 1, **counts})
+        named = dict(zip(self.spec.inputs, args, strict=True))
+        for i in self.offsets.values():
+            named[self.spec.inputs[i]] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        for starts in [name for name in named if name.endswith("_starts")]:
             # in the order of the samples, whichever rays they were drawn for
-            at = self.spec.inputs.index("t_starts")
             ends = torch.arange(1, many + long + 1) / long
-            args[at : at + 2] = ends - 0.75 / long, ends
-        args = [x.to(device) for x in args]
-        self.assert_as_right_as_torch(args)
+            named[starts], named[starts.removesuffix("starts") + "ends"] = ends - 0.75 / long, ends
+        self.assert_as_right_as_torch([x.to(device) for x in named.values()])
 
     def test_micro_batches_with_a_denominator_add_up_to_the_batch(self, forced_backend, device):
         args = self.inputs((6,), torch.float64, device)
@@ -677,26 +741,35 @@ class PackedContract(Contract):
         clean = self.inputs((9,), device=device)
         d_outputs = self.d_outputs(clean)
         want = self.gradients(clean, d_outputs)
-        r, samples = self.longest(clean)
+        r = self.longest(clean)
+        inputs = self.spec.signature.inputs
+        results = (*self.spec.signature.outputs, *(inputs[i] for i in self.differentiable()))
         for i in self.floating(clean):
-            for place in (samples.start, (samples.start + samples.stop) // 2, samples.stop - 1):
+            rows = self.own(inputs[i], clean, r, r + 1)
+            for place in {rows.start, (rows.start + rows.stop) // 2, rows.stop - 1}:
                 args = [x.clone() for x in clean]
                 args[i][place] = bad
                 got = self.gradients(args, d_outputs)
-                for ours, right in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
-                    # of a ray, or of a sample
-                    own = slice(r, r + 1) if len(ours) == 9 else samples
+                for array, ours, right in zip(
+                    results, (*got[0], *got[1]), (*want[0], *want[1]), strict=True
+                ):
+                    own = self.own(array, clean, r, r + 1)
                     assert torch.equal(ours[: own.start], right[: own.start])
                     assert torch.equal(ours[own.stop :], right[own.stop :])
 
     def test_nan_comes_out_as_nan(self, forced_backend, device):
         clean = self.inputs(device=device)
-        r, samples = self.longest(clean)
+        r = self.longest(clean)
+        inputs, outputs = self.spec.signature.inputs, self.spec.signature.outputs
         for i in self.differentiable():
+            rows = self.own(inputs[i], clean, r, r + 1)
             args = [x.clone() for x in clean]
-            args[i][samples.start + 1] = torch.nan
+            args[i][min(rows.start + 1, rows.stop - 1)] = torch.nan
+            own = [self.own(array, clean, r, r + 1) for array in outputs]
             nans = [y.reshape(len(y), -1).isnan().any(1) for y in self.outputs(args)]
-            assert torch.stack(nans).any(0).nonzero().tolist() == [[r]], self.spec.inputs[i]
+            assert any(x[rows].any() for x, rows in zip(nans, own, strict=True)), inputs[i].name
+            for x, rows in zip(nans, own, strict=True):
+                assert not (x[: rows.start].any() or x[rows.stop :].any()), inputs[i].name
 
     def test_vmap_is_one_more_leading_dimension(self, forced_backend, device):
         """Batches may be of any lengths, and have no common shape: they are concatenated."""

@@ -13,6 +13,7 @@ from .backend import (
 )
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
+from .packed import ray_offsets
 
 try:
     __version__ = version("rayfuse")
@@ -24,6 +25,7 @@ __all__ = [
     "backends",
     "debug",
     "last_backend",
+    "ray_offsets",
     "release_memory",
     "use_backend",
     *_ops,

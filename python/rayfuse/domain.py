@@ -51,5 +51,11 @@ def _csr_from_uniform(u: Tensor, P: int) -> Tensor:
     return cuts
 
 
+def _csr(size: str) -> Domain:
+    return Domain("rise from 0 to the number of samples", _is_csr, _csr_from_uniform, size)
+
+
 # ray r of a packed array of P samples has samples offsets[r] up to offsets[r + 1]
-csr = Domain("rise from 0 to the number of samples", _is_csr, _csr_from_uniform, size="P")
+csr = _csr("P")
+# the same of the Q bins of an envelope
+csr_env = _csr("Q")

@@ -6,16 +6,96 @@ of the references.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import backend
 from .op import Op
 
 
+def ray_offsets(ray_indices: Tensor, rays: int) -> Tensor:
+    """Where the samples of each ray begin, from the ray that each sample belongs to.
+
+    Args:
+        ray_indices: [P] int64, not decreasing, each at least 0 and less than rays.
+        rays: R, the number of rays, those without samples included.
+
+    Returns:
+        offsets [R+1] int64: ray r has samples offsets[r] up to offsets[r + 1]. Where ray_indices
+        decrease or leave the rays, a ValueError on the CPU or in debug mode; elsewhere a look at
+        them would synchronise, and offsets are wrong in silence.
+
+    Raises:
+        ValueError: see above, and for a shape other than [P].
+        TypeError: for ray_indices that are not int64, or rays that is no integer.
+
+    Example:
+        >>> import torch, rayfuse
+        >>> rayfuse.ray_offsets(torch.tensor([0, 0, 2]), 4)
+        tensor([0, 2, 2, 3, 3])
+    """
+
+    def fail(error: type[Exception], name: str, rule: str, got: object) -> None:
+        raise error(f"ray_offsets: {name} must {rule}, got {got}")
+
+    if not isinstance(rays, int) or isinstance(rays, bool):
+        fail(TypeError, "rays", "be an integer", type(rays).__name__)
+    if not isinstance(ray_indices, Tensor) or ray_indices.dtype != torch.int64:
+        got = getattr(ray_indices, "dtype", type(ray_indices).__name__)
+        fail(TypeError, "ray_indices", "be an int64 tensor", str(got).removeprefix("torch."))
+    if rays < 0:
+        fail(ValueError, "rays", "be >= 0", rays)
+    if ray_indices.dim() != 1:
+        fail(ValueError, "ray_indices", "have shape [P]", list(ray_indices.shape))
+    if ray_indices.device.type == "cpu" or backend.debugging():
+        least = torch.cat([ray_indices.new_zeros(1), ray_indices])[:-1]
+        wrong = ((ray_indices < least) | (ray_indices >= rays)).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            rule = f"not decrease, and be from 0 to {rays - 1}"
+            fail(ValueError, "ray_indices", rule, f"{int(ray_indices[at])} at [{at}]")
+    starts = torch.arange(rays + 1, device=ray_indices.device)
+    return torch.searchsorted(ray_indices.contiguous(), starts)
+
+
+_RAY_INDICES_DOC = """
+Keyword Args:
+    ray_indices, rays: [P] int64, not decreasing, and the number of rays: they may be given in place
+        of offsets (`ray_offsets`).
+"""
+
+
 class PackedOp(Op):
-    """An op whose inputs end in `offsets[R+1]`, and may hold the intervals t_starts and t_ends."""
+    """An op on packed rays: samples along P with `offsets[R+1]`, and maybe bins of an envelope
+    along Q with `offsets_env[R+1]`; the intervals of both may be among the inputs."""
+
+    def public(self) -> Callable:
+        call: Any = super().public()
+        parameters = [*call.__signature__.parameters.values()]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        extra = [inspect.Parameter(x, keyword, default=None) for x in ("ray_indices", "rays")]
+        call.__signature__ = inspect.Signature([*parameters, *extra])
+        head, returns, tail = call.__doc__.partition("\n\nReturns:")
+        keywords = _RAY_INDICES_DOC.rstrip()
+        if "\nKeyword Args:\n" in head:
+            keywords = keywords.removeprefix("\nKeyword Args:")
+        call.__doc__ = head + keywords + returns + tail
+        return call
+
+    def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        if "ray_indices" in named or "rays" in named:
+            named = {**named}
+            ray_indices, rays = named.pop("ray_indices", None), named.pop("rays", None)
+            if ray_indices is None or rays is None or "offsets" in named:
+                raise TypeError(
+                    f"{self.name}: ray_indices and rays must come together, in place of offsets"
+                )
+            named["offsets"] = ray_offsets(ray_indices, rays)
+        return super()._positional(args, named)
 
     def sample(
         self,
@@ -27,47 +107,54 @@ class PackedOp(Op):
         """Random inputs: each ray's intervals in order from 0 on, some with gaps between them."""
         values = super().sample(leading, dtype, seed, **sizes)
         named = dict(zip(self.inputs, values, strict=True))
-        if "t_starts" in named:
+        for starts, ends, offsets, letter in self._intervals():
             generator = torch.Generator().manual_seed(seed + 1)
-            u = torch.rand(2, sizes["P"], generator=generator, dtype=torch.float64)
+            u = torch.rand(2, sizes[letter], generator=generator, dtype=torch.float64)
             # half of the intervals begin where the one before ends
             gap, width = (2 * u[0] - 1).clamp(min=0), 0.05 + u[1]
-            ends = (gap + width).cumsum(0)
+            far = (gap + width).cumsum(0)
             # in a sum of all rays the others' rounding would show
-            rays = PackedRays(named["offsets"], sizes["P"])
-            near = ends - rays.at_first(ends - width - gap)
-            scale = max(sizes["R"], 1) / max(sizes["P"], 1)
-            named["t_starts"] = (scale * (near - width)).to(dtype)
-            named["t_ends"] = (scale * near).to(dtype)
+            rays = PackedRays(named[offsets], sizes[letter])
+            near = far - rays.at_first(far - width - gap)
+            scale = max(sizes["R"], 1) / max(sizes[letter], 1)
+            named[starts] = (scale * (near - width)).to(dtype)
+            named[ends] = (scale * near).to(dtype)
         return [*named.values()]
 
+    def _intervals(self) -> Iterator[tuple[str, str, str, str]]:
+        """Names of starts, ends and offsets, and the letter of their size."""
+        for t, offsets in (("t", "offsets"), ("t_env", "offsets_env")):
+            if f"{t}_starts" in self.inputs:
+                yield f"{t}_starts", f"{t}_ends", offsets, self.domain[offsets].size or ""
+
     def _reference_fwd(self, *args: Any) -> Any:
-        offsets, P = args[self.inputs.index("offsets")], len(args[0])
+        named = dict(zip(self.inputs, args[: len(self.inputs)], strict=True))
         # on the CPU kernels look at the offsets as well, as it costs no synchronisation
-        if offsets.device.type == "cpu":
-            self._check_offsets(offsets, P)
+        if named["offsets"].device.type == "cpu":
+            self._check_offsets(named)
         return super()._reference_fwd(*args)
 
-    def _check_offsets(self, offsets: Tensor, P: int) -> None:
-        wrong = self.domain["offsets"].holds(offsets, P).logical_not().nonzero()
-        if len(wrong):
-            at = int(wrong[0])
-            rule = self.domain["offsets"].rule
-            self._fail(ValueError, "offsets", rule, f"{offsets[at].item()} at [{at}]")
+    def _check_offsets(self, named: dict[str, Tensor]) -> None:
+        _, sizes = self.signature.bind([x if x is None else x.shape for x in named.values()])
+        for name in self.integer:
+            domain, offsets = self.domain[name], named[name]
+            wrong = domain.holds(offsets, sizes[domain.size or ""]).logical_not().nonzero()
+            if len(wrong):
+                at = int(wrong[0])
+                self._fail(ValueError, name, domain.rule, f"{offsets[at].item()} at [{at}]")
 
     def _check_values(self, named: dict[str, Tensor]) -> None:
         super()._check_values(named)
-        if "t_starts" not in named:
-            return
-        starts, ends = named["t_starts"], named["t_ends"]
-        first = PackedRays(named["offsets"], len(starts)).place == 0
-        before = torch.where(first, starts, torch.cat([starts[:1], ends[:-1]]))
-        for name, early, late in (("t_starts", before, starts), ("t_ends", starts, ends)):
-            wrong = (late < early).nonzero()
-            if len(wrong):
-                at = int(wrong[0])
-                rule = "not decrease along a ray, from start to end to the next start"
-                self._fail(ValueError, name, rule, f"{late[at].item():g} at [{at}]")
+        for starts_name, ends_name, offsets, _ in self._intervals():
+            starts, ends = named[starts_name], named[ends_name]
+            first = PackedRays(named[offsets], len(starts)).place == 0
+            before = torch.where(first, starts, torch.cat([starts[:1], ends[:-1]]))
+            for name, early, late in ((starts_name, before, starts), (ends_name, starts, ends)):
+                wrong = (late < early).nonzero()
+                if len(wrong):
+                    at = int(wrong[0])
+                    rule = "not decrease along a ray, from start to end to the next start"
+                    self._fail(ValueError, name, rule, f"{late[at].item():g} at [{at}]")
 
 
 class PackedRays:
