@@ -328,6 +328,18 @@ class Op:
                 at[-1] += arg.shape[-1] - holds.shape[-1]
                 self._fail(ValueError, name, domain.rule, f"{arg[tuple(at)].item():g} at {at}")
 
+    def check_integers(self, tensors: Sequence[Tensor | None]) -> None:
+        """Raise ValueError unless the integers among the inputs are in their domains."""
+        _, sizes = self.signature.bind(_shapes(tensors))
+        for name, x in zip(self.inputs, tensors, strict=True):
+            if x is None or name not in self.integer:
+                continue
+            domain = self.domain[name]
+            wrong = domain.holds(x, sizes[domain.size or ""]).logical_not().nonzero()
+            if len(wrong):
+                at = wrong[0].tolist()
+                self._fail(ValueError, name, domain.rule, f"{x[tuple(at)].item()} at {at}")
+
     def _fail(self, error: type[Exception], name: str, rule: str, got: object) -> None:
         raise error(f"{self.name}: {name} must {rule}, got {got}")
 
@@ -359,6 +371,10 @@ class Op:
         """The gradients of the outputs, the arguments of the forward, and `needs`."""
         outputs = len(self.signature.outputs)
         return [*args[:outputs]], [*args[outputs:-1]], args[-1]
+
+    def bind(self, args: Sequence[Any]) -> tuple[tuple[int, ...], dict[str, int]]:
+        """The leading shape and the sizes that these arguments give the outputs."""
+        return self.signature.bind(_shapes(args[: len(self.inputs)]))
 
     # ---- torch.ops
 
@@ -398,7 +414,7 @@ class Op:
         """The raw backward: gradients of the inputs, empty where `needs` has no bit."""
         d_outputs, raw, needs = self._split_bwd(args)
         self._check_raw(raw)
-        leading, sizes = self.signature.bind(_shapes(raw[: len(self.inputs)]))
+        leading, sizes = self.bind(raw)
         for array, d_output in zip(self.signature.outputs, d_outputs, strict=True):
             shape = list(array.shape(leading, sizes))
             if d_output is not None and list(d_output.shape) != shape:
@@ -414,7 +430,7 @@ class Op:
         self._check_once((*raw[: len(self.inputs)], *[s.decode(value) for s, value in scalars]))
 
     def _fake_fwd(self, *raw: Any) -> Any:
-        leading, sizes = self.signature.bind(_shapes(raw[: len(self.inputs)]))
+        leading, sizes = self.bind(raw)
         dtype = _accumulator(raw[0].dtype)
         outputs = [
             raw[0].new_empty(array.shape(leading, sizes), dtype=dtype)

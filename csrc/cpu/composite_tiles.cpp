@@ -1,0 +1,682 @@
+// Tile compositing: per pixel alpha_i = min(o_i e^-sigma_i, max_alpha) for the splats i of its
+// tile's list, w_i = alpha_i T_i with T_{i+1} = T_i (1 - alpha_i); image = sum_i w_i c_i + T bg,
+// alpha = 1 - T, depth = sum_i w_i z_i / alpha.
+// One thread owns a tile and goes through it by rows of 16 pixels: a row's list holds the splats
+// that reach it, T stays in registers along the list, and channels are a matrix product of weights.
+// Backward: a row's weights once more, kept in cache, then from the last splat to the first with
+// u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i + alpha_i
+// (<c_i, g> - u_i). Sums of a splat over its tile meet in the order of tiles. docs/splats.md
+#include "explog.h"
+#include "rays.h"
+
+#include <cmath>
+#include <vector>
+
+namespace rayfuse {
+namespace {
+
+// The factors of 2^r for |r| <= 1/2: by Taylor's series, or for float with the degree 6 that is
+// nearest to it, where the series would need one more.
+template <class A>
+constexpr auto kExp2Factors = [] {
+  std::array<A, ExpLog<A>::kExpTerms + 2> out;
+  double term = 1;
+  for (size_t k = 0; k < out.size(); term *= 0x1.62e42fefa39efp-1 / ++k) out[k] = A(term);
+  return out;
+}();
+template <>
+constexpr std::array<float, 7> kExp2Factors<float> = {
+    1, 0x1.62e43p-1, 0x1.ebfbep-3, 0x1.c6aeccp-5, 0x1.3b29d8p-7, 0x1.5f48c8p-10, 0x1.446c7ep-13};
+
+// 2^x where that is a normal number, at two thirds of the cost of exp; nonsense elsewhere.
+template <class A>
+vec<A> exp2_of_moderate(vec<A> x) {
+  const vec<A> rounded = x + kRounder<A>;
+  const vec<A> power = polynomial<A>(x - (rounded - kRounder<A>), kExp2Factors<A>);
+  return (vec<A>)(bits_of<A>(power) + (bits_of<A>(rounded) << kMantissaBits<A>));
+}
+
+// Pixels of a row that are in registers at once.
+constexpr int kRow = 16;
+
+template <class A>
+struct Row {
+  static constexpr int kParts = kRow / kLanes<A>;
+  vec<A> part[kParts];
+
+  // f(0), f(1), ... of the parts, unrolled.
+  template <class F>
+  static Row each(const F& f) {
+    return [&]<int... p>(std::integer_sequence<int, p...>) {
+      return Row{{f(p)...}};
+    }(std::make_integer_sequence<int, kParts>());
+  }
+  vec<A> sum() const {
+    vec<A> total = part[0];
+    for (int p = 1; p < kParts; ++p) total += part[p];
+    return total;
+  }
+  void store_to(A* row) const {
+    for (int p = 0; p < kParts; ++p) store(row + p * kLanes<A>, part[p]);
+  }
+  static Row load_from(const A* row) {
+    return each([&](int p) { return load(row + p * kLanes<A>); });
+  }
+};
+
+template <class T>
+struct Scene {
+  using A = accumulator<T>;
+
+  const A* means2d;        // [P, 2]
+  const A* conics;         // [P, 3]
+  const T* colors;         // [P, D]
+  const A* opacities;      // [P]
+  const int64_t* offsets;  // [I, Y, X]
+  const int64_t* ids;      // [M]
+  const A* depths;         // [P] or null
+  const A* background;     // [I, D], [I, H, W, D] or null
+  const int64_t* masks;    // [I, Y, X] or null
+  int64_t P, D, I, Y, X, M, H, W, size;
+  bool background_of_pixels;
+  // the last is the largest transmittance that ends a pixel
+  A max_alpha, min_alpha, center, ending;
+
+  int64_t tiles() const { return I * Y * X; }
+  // With the depth.
+  int64_t channels() const { return D + (depths != nullptr); }
+  const A* background_at(int64_t image, int64_t pixel) const {
+    return background ? background + (background_of_pixels ? pixel : image) * D : nullptr;
+  }
+};
+
+// A splat with sigma in powers of 2: log2 alpha = log_opacity + dx (a dx + b dy) + c dy^2.
+template <class A>
+struct Splat {
+  A x, y, a, b, c, log_opacity;
+};
+
+// A tile, the splats of its list, and which of them reach which row.
+template <class T>
+class Tile {
+ public:
+  using A = accumulator<T>;
+  using Pixels = Row<A>;
+
+  const Scene<T>& scene;
+  const int64_t C;  // channels
+  // the list is `listed` long, of which a masked tile has none
+  int64_t image = 0, x = 0, y = 0, begin = 0, listed = 0, n = 0;
+  int rows = 0;
+  // along the list of the row that was weighed
+  std::vector<Pixels> weight, alpha;
+  Pixels transmittance = {}, opacity = {}, pixel_x = {};
+
+  explicit Tile(const Scene<T>& scene)
+      : scene(scene), C(scene.channels()), log_min_(std::log2(scene.min_alpha)) {}
+
+  void go_to(int64_t t) {
+    const int64_t per_image = scene.Y * scene.X, place = t % per_image;
+    image = t / per_image;
+    x = place % scene.X * scene.size;
+    y = place / scene.X * scene.size;
+    rows = static_cast<int>(std::min(scene.size, scene.H - y));
+    begin = scene.offsets[t];
+    const int64_t end = t + 1 < scene.tiles() ? scene.offsets[t + 1] : scene.M;
+    listed = end - begin;
+    n = scene.masks && !scene.masks[t] ? 0 : listed;
+    if (n > static_cast<int64_t>(splats_.size())) {
+      splats_.resize(n);
+      color_.resize(n * C);
+      weight.resize(n);
+      alpha.resize(n);
+      list_.resize(n * scene.size);
+    }
+    for (int64_t k = 0; k < n; ++k) gather(k);
+  }
+
+  int strips() const { return static_cast<int>((scene.size + kRow - 1) / kRow); }
+  int64_t first_x(int strip) const { return x + strip * kRow; }
+  // Pixels of a strip that exist; no more than 0 where it lies outside.
+  int columns(int strip) const {
+    const int64_t end = std::min(x + scene.size, scene.W);
+    return static_cast<int>(std::min<int64_t>(end - first_x(strip), kRow));
+  }
+
+  void go_to_strip(int strip) {
+    const A first = static_cast<A>(first_x(strip)) + scene.center;
+    A centers[kRow];
+    for (int i = 0; i < kRow; ++i) centers[i] = first + i;
+    pixel_x = Pixels::load_from(centers);
+    for (int r = 0; r < rows; ++r) reach_[r] = 0;
+    for (int64_t k = 0; k < n; ++k) enlist(static_cast<int>(k), first, first + kRow - 1);
+  }
+
+  // How many of the splats of a row its pixels met before all of them ended.
+  int count() const { return count_; }
+  const Splat<A>& splat(int i) const { return splats_[here_[i]]; }
+  const A* color(int i) const { return &color_[here_[i] * C]; }
+  int place(int i) const { return here_[i]; }
+  A dy(int r, const Splat<A>& s) const { return s.y - (static_cast<A>(y + r) + scene.center); }
+
+  // Fills weight, alpha where it is to be kept, transmittance, and opacity: the sum of weights, as
+  // 1 - transmittance would have lost digits where it is small.
+  template <bool keep>
+  void weigh(int r) {
+    here_ = &list_[r * n];
+    // negative in pixels that have ended
+    Pixels passing = Pixels::each([](int) { return broadcast(A(1)); });
+    opacity = {};
+    count_ = reach_[r];
+    for (int i = 0; i < count_; ++i) {
+      const Splat<A> s = splat(i);
+      const A dy = this->dy(r, s), slope = s.b * dy, rest = s.c * dy * dy + s.log_opacity;
+      uint32_t ended = kAllLanes<A>;
+      for (int p = 0; p < Pixels::kParts; ++p) {
+        const vec<A> dx = s.x - pixel_x.part[p];
+        const vec<A> log_alpha = dx * (s.a * dx + slope) + rest;
+        const vec<A> most = exp2_of_moderate<A>(log_alpha);
+        const vec<A> capped = most < scene.max_alpha ? most : broadcast(scene.max_alpha);
+        const vec<A> here =
+            (log_alpha >= log_min_) & (log_alpha <= s.log_opacity) ? capped : vec<A>{};
+        const vec<A> before = passing.part[p], after = before * (1 - here);
+        const auto goes_on = after > scene.ending;
+        passing.part[p] = goes_on ? after : before > 0 ? -before : before;
+        const vec<A> own = goes_on ? here * before : vec<A>{};
+        weight[i].part[p] = own;
+        opacity.part[p] += own;
+        if constexpr (keep) alpha[i].part[p] = goes_on ? here : vec<A>{};
+        ended &= lanes_up_to(passing.part[p], vec<A>{});
+      }
+      if (ended == kAllLanes<A>) count_ = i + 1;
+    }
+    transmittance = Pixels::each([&](int p) {
+      const vec<A> t = passing.part[p];
+      return t < 0 ? -t : t;
+    });
+  }
+
+  // Sums of `width` channels from d on, weighted.
+  template <int width>
+  void blend(int64_t d, A* sums) const {  // [C, kRow]
+    Pixels sum[width] = {};
+    for (int i = 0; i < count_; ++i) {
+      const A* const c = color(i) + d;
+      for (int j = 0; j < width; ++j) {
+        for (int p = 0; p < Pixels::kParts; ++p) sum[j].part[p] += weight[i].part[p] * c[j];
+      }
+    }
+    for (int j = 0; j < width; ++j) sum[j].store_to(sums + (d + j) * kRow);
+  }
+  void blend_all(A* sums) const {
+    int64_t d = 0;
+    for (; d + 4 <= C; d += 4) blend<4>(d, sums);
+    if (C - d == 1) blend<1>(d, sums);
+    if (C - d == 2) blend<2>(d, sums);
+    if (C - d == 3) blend<3>(d, sums);
+  }
+
+ private:
+  void gather(int64_t k) {
+    constexpr A kLog2E = A(0x1.71547652b82fep+0);
+    const int64_t id = scene.ids[begin + k];
+    const A *mean = scene.means2d + 2 * id, *conic = scene.conics + 3 * id;
+    const A opacity = scene.opacities[id];
+    A* const color = &color_[k * C];
+    // what is not finite, times 0, is NaN
+    A nothing = 0 * (mean[0] + mean[1] + conic[0] + conic[1] + conic[2] + opacity);
+    for (int64_t d = 0; d < scene.D; ++d) {
+      color[d] = widen(scene.colors[id * scene.D + d]);
+      nothing += 0 * color[d];
+    }
+    if (scene.depths) {
+      color[scene.D] = scene.depths[id];
+      nothing += 0 * color[scene.D];
+    }
+    const bool seen = nothing == 0 && opacity >= scene.min_alpha;
+    splats_[k] = {mean[0],
+                  mean[1],
+                  -kLog2E / 2 * conic[0],
+                  -kLog2E * conic[1],
+                  -kLog2E / 2 * conic[2],
+                  seen ? std::log2(opacity) : -std::numeric_limits<A>::infinity()};
+  }
+
+  // Adds splat k to the lists of the rows that it may reach: those where log2 alpha is large enough
+  // at its best point between two pixel centers.
+  void enlist(int k, A left, A right) {
+    const Splat<A> s = splats_[k];
+    if (s.log_opacity < log_min_) return;
+    // what rounding may take from log2 alpha is less than this
+    constexpr A kSlack = A(0.01), kSlackOfC = 64 * std::numeric_limits<A>::epsilon();
+    A up[kLanes<A>];
+    for (int i = 0; i < kLanes<A>; ++i) up[i] = i;
+    for (int r = 0; r < rows; r += kLanes<A>) {
+      const vec<A> dy = s.y - (load(up) + (static_cast<A>(y + r) + scene.center));
+      const vec<A> vertex = dy * (s.b / (-2 * s.a));
+      const vec<A> dx = clamp<A>(vertex, s.x - right, s.x - left), curve = s.c * dy * dy;
+      const vec<A> best = dx * (s.a * dx + s.b * dy) + curve + s.log_opacity;
+      const vec<A> bound = log_min_ - kSlack + kSlackOfC * curve;
+      uint32_t reached = s.a < 0 ? lanes_up_to(bound, best) : kAllLanes<A>;
+      if (rows - r < kLanes<A>) reached &= (1u << (rows - r)) - 1;
+      for (; reached; reached &= reached - 1) {
+        const int row = r + __builtin_ctz(reached);
+        list_[row * n + reach_[row]++] = k;
+      }
+    }
+  }
+
+  const A log_min_;
+  std::vector<Splat<A>> splats_;
+  std::vector<A> color_;
+  // the lists of all rows of the strip, and how long they are
+  std::vector<int> list_;
+  int reach_[32];
+  const int* here_ = nullptr;
+  int count_ = 0;
+};
+
+// Tiles first..last.
+template <class T>
+RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene,
+                              accumulator<T>* image,    // [I, H, W, D]
+                              accumulator<T>* opacity,  // [I, H, W]
+                              accumulator<T>* depth) {  // [I, H, W]
+  using A = accumulator<T>;
+  Tile<T> tile(scene);
+  const int64_t D = scene.D;
+  std::vector<A> sums(tile.C * kRow);
+  A passing[kRow], met[kRow];
+  for (int64_t t = first; t < last; ++t) {
+    tile.go_to(t);
+    for (int strip = 0; strip < tile.strips(); ++strip) {
+      tile.go_to_strip(strip);
+      for (int r = 0; r < tile.rows; ++r) {
+        tile.template weigh<false>(r);
+        tile.blend_all(sums.data());
+        tile.transmittance.store_to(passing);
+        tile.opacity.store_to(met);
+        const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.first_x(strip);
+        for (int i = 0; i < tile.columns(strip); ++i) {
+          const A* const background = scene.background_at(tile.image, row + i);
+          for (int64_t d = 0; d < D; ++d) {
+            const A behind = background ? passing[i] * background[d] : A(0);
+            image[(row + i) * D + d] = sums[d * kRow + i] + behind;
+          }
+          opacity[row + i] = met[i];
+          depth[row + i] = scene.depths && met[i] > 0 ? sums[D * kRow + i] / met[i] : A(0);
+        }
+      }
+    }
+  }
+}
+
+// Gradients of the outputs, null where there are none.
+template <class A>
+struct Incoming {
+  const A* image;    // [I, H, W, D]
+  const A* opacity;  // [I, H, W]
+  const A* depth;    // [I, H, W]
+};
+
+// Sums over the pixels of a tile, of a splat: with h = opacity d_opacity of a pixel, h, h dx,
+// h dx^2, h dy, h dx dy, h dy^2, and the gradients of its channels.
+constexpr int kMoments = 6;
+
+// A row's gradients, as they are needed along its list.
+template <class T>
+struct RowGradients {
+  using A = accumulator<T>;
+  using Pixels = Row<A>;
+
+  std::vector<A> channels;  // [C, kRow]
+  Pixels behind = {};       // u of the last splat
+
+  // Also adds to, or writes, the gradient of the background, where it is wanted.
+  void gather(const Tile<T>& tile, int r, int strip, const Incoming<A>& d, A* d_background) {
+    const Scene<T>& scene = tile.scene;
+    const int64_t D = scene.D;
+    channels.assign(tile.C * kRow, 0);
+    A passing[kRow], met[kRow], behinds[kRow] = {};
+    tile.transmittance.store_to(passing);
+    tile.opacity.store_to(met);
+    std::vector<A>& distance = distance_;
+    if (scene.depths && d.depth) {
+      distance.resize(tile.C * kRow);
+      tile.template blend<1>(D, distance.data());
+    }
+    const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.first_x(strip);
+    for (int i = 0; i < tile.columns(strip); ++i) {
+      const A* const background = scene.background_at(tile.image, row + i);
+      A through = d.opacity ? -d.opacity[row + i] : A(0);
+      if (d.image) {
+        const A* const d_image = d.image + (row + i) * D;
+        for (int64_t c = 0; c < D; ++c) {
+          channels[c * kRow + i] = d_image[c];
+          if (background) through += background[c] * d_image[c];
+        }
+        if (d_background) {
+          A* const out = d_background + (scene.background_of_pixels ? (row + i) * D : 0);
+          for (int64_t c = 0; c < D; ++c) {
+            const A d_c = passing[i] * d_image[c];
+            out[c] = scene.background_of_pixels ? d_c : out[c] + d_c;
+          }
+        }
+      }
+      if (scene.depths && d.depth && met[i] > 0) {
+        const A d_sum = d.depth[row + i] / met[i];
+        channels[D * kRow + i] = d_sum;
+        through += d_sum * (distance[D * kRow + i] / met[i]);
+      }
+      behinds[i] = through;
+    }
+    behind = Pixels::load_from(behinds);
+  }
+
+ private:
+  std::vector<A> distance_;
+};
+
+// Tiles first..last.
+template <class T>
+RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene,
+                              const Incoming<accumulator<T>>& d_outputs,
+                              accumulator<T>* partial,         // [M, kMoments + C]
+                              accumulator<T>* d_background) {  // [tiles, D], [I, H, W, D] or null
+  using A = accumulator<T>;
+  using Pixels = Row<A>;
+  Tile<T> tile(scene);
+  RowGradients<T> row;
+  const int64_t C = tile.C, width = kMoments + C;
+  std::vector<vec<A>> sums;
+  for (int64_t t = first; t < last; ++t) {
+    tile.go_to(t);
+    sums.assign(tile.n * width, vec<A>{});
+    A* const d_own =
+        d_background ? d_background + (scene.background_of_pixels ? 0 : t * scene.D) : nullptr;
+    if (d_own && !scene.background_of_pixels) std::fill(d_own, d_own + scene.D, A(0));
+    for (int strip = 0; strip < tile.strips(); ++strip) {
+      tile.go_to_strip(strip);
+      for (int r = 0; r < tile.rows; ++r) {
+        tile.template weigh<true>(r);
+        row.gather(tile, r, strip, d_outputs, d_own);
+        const A* const g = row.channels.data();
+        Pixels behind = row.behind;
+        for (int i = tile.count() - 1; i >= 0; --i) {
+          const Splat<A>& s = tile.splat(i);
+          const A* const color = tile.color(i);
+          const A dy = tile.dy(r, s);
+          const Pixels w = tile.weight[i];
+          vec<A>* const sum = &sums[tile.place(i) * width];
+          Pixels shade = {};
+          for (int64_t c = 0; c < C; ++c) {
+            vec<A> d_color = sum[kMoments + c];
+            for (int p = 0; p < Pixels::kParts; ++p) {
+              const vec<A> g_c = load(g + c * kRow + p * kLanes<A>);
+              shade.part[p] += color[c] * g_c;
+              d_color += w.part[p] * g_c;
+            }
+            sum[kMoments + c] = d_color;
+          }
+          vec<A> h = {}, h_x = {}, h_xx = {};
+          for (int p = 0; p < Pixels::kParts; ++p) {
+            const vec<A> alpha = tile.alpha[i].part[p], excess = shade.part[p] - behind.part[p];
+            behind.part[p] += alpha * excess;
+            const vec<A> own = alpha < scene.max_alpha ? w.part[p] * excess : vec<A>{};
+            const vec<A> dx = s.x - tile.pixel_x.part[p];
+            h += own;
+            h_x += own * dx;
+            h_xx += own * dx * dx;
+          }
+          sum[0] += h;
+          sum[1] += h_x;
+          sum[2] += h_xx;
+          sum[3] += dy * h;
+          sum[4] += dy * h_x;
+          sum[5] += dy * dy * h;
+        }
+      }
+    }
+    A* const out = partial + tile.begin * width;
+    for (int64_t i = 0; i < tile.n * width; ++i) out[i] = sum_lanes<A>(sums[i]);
+    std::fill(out + tile.n * width, out + tile.listed * width, A(0));
+  }
+}
+
+// The gradients of the splats, null where they are not wanted.
+template <class T>
+struct Outgoing {
+  using A = accumulator<T>;
+
+  A* means2d;    // [P, 2]
+  A* conics;     // [P, 3]
+  T* colors;     // [P, D]
+  A* opacities;  // [P]
+  A* depths;     // [P]
+};
+
+// Splats first..last, from the sums of the tiles that have them: places[starts[p]..starts[p+1]].
+template <class T>
+RAYFUSE_KERNEL void add_up(int64_t first, int64_t last, const Scene<T>& scene,
+                           const int64_t* starts, const int64_t* places,
+                           const accumulator<T>* partial,  // [M, kMoments + C]
+                           const Outgoing<T>& out) {
+  using A = accumulator<T>;
+  const int64_t D = scene.D, width = kMoments + scene.channels();
+  std::vector<A> sum(width);
+  for (int64_t p = first; p < last; ++p) {
+    std::fill(sum.begin(), sum.end(), A(0));
+    for (int64_t k = starts[p]; k < starts[p + 1]; ++k) {
+      const A* const part = partial + places[k] * width;
+      for (int64_t i = 0; i < width; ++i) sum[i] += part[i];
+    }
+    const A h = sum[0], h_x = sum[1], h_xx = sum[2], h_y = sum[3], h_xy = sum[4], h_yy = sum[5];
+    // that of a splat which is passed over may be anything
+    const A* const conic = scene.conics + 3 * p;
+    const bool met = starts[p] < starts[p + 1] && 0 * (conic[0] + conic[1] + conic[2]) == 0;
+    const A a = met ? conic[0] : A(0), b = met ? conic[1] : A(0), c = met ? conic[2] : A(0);
+    if (out.means2d) {
+      out.means2d[2 * p] = -(a * h_x + b * h_y);
+      out.means2d[2 * p + 1] = -(b * h_x + c * h_y);
+    }
+    if (out.conics) {
+      out.conics[3 * p] = A(-0.5) * h_xx;
+      out.conics[3 * p + 1] = -h_xy;
+      out.conics[3 * p + 2] = A(-0.5) * h_yy;
+    }
+    if (out.opacities) out.opacities[p] = h != 0 ? h / scene.opacities[p] : A(0);
+    if (out.colors) {
+      for (int64_t d = 0; d < D; ++d) out.colors[p * D + d] = narrow<T>(sum[kMoments + d]);
+    }
+    if (out.depths) out.depths[p] = sum[kMoments + D];
+  }
+}
+
+}  // namespace
+}  // namespace rayfuse
+
+#include "registration.h"
+
+namespace rayfuse {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+struct Constants {
+  int64_t W, H, size;
+  double max_alpha, min_alpha, min_transmittance, center;
+  bool stop_at_min;
+};
+
+template <class T>
+Scene<T> scene_of(const Tensor& means2d, const Tensor& conics, const Tensor& colors,
+                  const Tensor& opacities, const Tensor& tile_offsets, const Tensor& flatten_ids,
+                  const MaybeTensor& depths, const MaybeTensor& background,
+                  const MaybeTensor& masks, const Constants& constants) {
+  using A = accumulator<T>;
+  Scene<T> scene = {};
+  scene.means2d = data<A>(means2d);
+  scene.conics = data<A>(conics);
+  scene.colors = data<T>(colors);
+  scene.opacities = data<A>(opacities);
+  scene.offsets = data<int64_t>(tile_offsets);
+  scene.ids = data<int64_t>(flatten_ids);
+  scene.depths = data<A>(depths);
+  scene.background = data<A>(background);
+  scene.masks = data<int64_t>(masks);
+  scene.P = means2d.size(0);
+  scene.D = colors.size(1);
+  scene.I = tile_offsets.size(0);
+  scene.Y = tile_offsets.size(1);
+  scene.X = tile_offsets.size(2);
+  scene.M = scene.tiles() ? flatten_ids.size(0) : 0;
+  scene.H = constants.H;
+  scene.W = constants.W;
+  scene.size = constants.size;
+  scene.background_of_pixels = background && background->size(0) != scene.I;
+  scene.max_alpha = static_cast<A>(constants.max_alpha);
+  scene.min_alpha = static_cast<A>(constants.min_alpha);
+  scene.center = static_cast<A>(constants.center);
+  scene.ending = static_cast<A>(constants.min_transmittance);
+  if (!constants.stop_at_min) scene.ending = std::nextafter(scene.ending, A(-1));
+  return scene;
+}
+
+// Here a look at all values costs no synchronisation, and wrong ones would lead out of bounds.
+void check_lists(const Tensor& tile_offsets, const Tensor& flatten_ids, int64_t P) {
+  const auto* const offsets = data<int64_t>(tile_offsets);
+  const auto* const ids = data<int64_t>(flatten_ids);
+  const int64_t tiles = tile_offsets.numel(), M = flatten_ids.numel();
+  const auto fail = [](const char* rule, int64_t got) {
+    throw std::runtime_error(std::string("composite_tiles: ") + rule + ", got " +
+                             std::to_string(got));
+  };
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t least = t ? offsets[t - 1] : 0, most = t ? M : 0;
+    if (offsets[t] < least || offsets[t] > most) {
+      fail("tile_offsets must rise from 0 to the length of flatten_ids", offsets[t]);
+    }
+  }
+  for (int64_t m = 0; m < M; ++m) {
+    if (ids[m] < 0 || ids[m] >= P) fail("flatten_ids must be indices of splats", ids[m]);
+  }
+}
+
+// Calls f(first tile, last tile + 1) on torch's threads, for about as much work each.
+template <class T, class F>
+void for_tiles(const Scene<T>& scene, const F& f) {
+  // a tile costs as much as this many splats before it has any
+  constexpr int64_t kTileWork = 8;
+  const int64_t tiles = scene.tiles();
+  const auto first_from = [&](int64_t work) {
+    int64_t begin = 0, end = tiles;
+    while (begin < end) {
+      const int64_t t = begin + (end - begin) / 2;
+      if (scene.offsets[t] + t * kTileWork < work) {
+        begin = t + 1;
+      } else {
+        end = t;
+      }
+    }
+    return begin;
+  };
+  torch::stable::parallel_for(
+      0, scene.M + tiles * kTileWork, 1 << 8,
+      [&](int64_t begin, int64_t end) { f(first_from(begin), first_from(end)); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& conics,
+                                       const Tensor& colors, const Tensor& opacities,
+                                       const Tensor& tile_offsets, const Tensor& flatten_ids,
+                                       const MaybeTensor& depths, const MaybeTensor& background,
+                                       const MaybeTensor& masks, int64_t image_width,
+                                       int64_t image_height, int64_t tile_size, double max_alpha,
+                                       double min_alpha, double min_transmittance,
+                                       double pixel_center, bool stop_at_min) {
+  check_lists(tile_offsets, flatten_ids, means2d.size(0));
+  const Constants constants{image_width, image_height,      tile_size,    max_alpha,
+                            min_alpha,   min_transmittance, pixel_center, stop_at_min};
+  const int64_t I = tile_offsets.size(0), H = image_height, W = image_width;
+  const int32_t dtype = dtype_of(means2d);
+  Tensor image = empty(means2d, {I, H, W, colors.size(1)}, dtype);
+  Tensor alpha = empty(means2d, {I, H, W}, dtype), depth = empty(means2d, {I, H, W}, dtype);
+  dispatch(colors, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    const Scene<T> scene = scene_of<T>(means2d, conics, colors, opacities, tile_offsets,
+                                       flatten_ids, depths, background, masks, constants);
+    A *image_ptr = mutable_data<A>(image), *alpha_ptr = mutable_data<A>(alpha),
+      *depth_ptr = mutable_data<A>(depth);
+    for_tiles(scene, [&](int64_t first, int64_t last) {
+      composite(first, last, scene, image_ptr, alpha_ptr, depth_ptr);
+    });
+  });
+  return {image, alpha, depth};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+    const MaybeTensor& d_image, const MaybeTensor& d_alpha, const MaybeTensor& d_depth,
+    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
+    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
+    const MaybeTensor& background, const MaybeTensor& masks, int64_t image_width,
+    int64_t image_height, int64_t tile_size, double max_alpha, double min_alpha,
+    double min_transmittance, double pixel_center, bool stop_at_min, int64_t needs) {
+  check_lists(tile_offsets, flatten_ids, means2d.size(0));
+  const Constants constants{image_width, image_height,      tile_size,    max_alpha,
+                            min_alpha,   min_transmittance, pixel_center, stop_at_min};
+  Tensor d_means2d = empty_gradient(means2d, needs, 0), d_conics = empty_gradient(conics, needs, 1),
+         d_colors = empty_gradient(colors, needs, 2),
+         d_opacities = empty_gradient(opacities, needs, 3),
+         d_depths = empty_gradient(depths, means2d, needs, 4),
+         d_background = empty_gradient(background, means2d, needs, 5);
+  dispatch(colors, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    const Scene<T> scene = scene_of<T>(means2d, conics, colors, opacities, tile_offsets,
+                                       flatten_ids, depths, background, masks, constants);
+    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
+    const Outgoing<T> d_inputs{mutable_data<A>(d_means2d), mutable_data<A>(d_conics),
+                               mutable_data<T>(d_colors), mutable_data<A>(d_opacities),
+                               mutable_data<A>(d_depths)};
+    const int64_t P = scene.P, M = scene.M, D = scene.D, tiles = scene.tiles();
+    const int64_t width = kMoments + scene.channels();
+    A* const d_background_ptr = mutable_data<A>(d_background);
+    const bool of_tiles = d_background_ptr && !scene.background_of_pixels;
+    const Tensor partial = empty(means2d, {M, width}, dtype_of(means2d));
+    const Tensor d_of_tiles = empty(means2d, {of_tiles ? tiles : 0, D}, dtype_of(means2d));
+    A *partial_ptr = mutable_data<A>(partial), *d_of_tiles_ptr = mutable_data<A>(d_of_tiles);
+    if (d_background_ptr && !d_outputs.image) {
+      std::fill(d_background_ptr, d_background_ptr + d_background.numel(), A(0));
+    }
+    for_tiles(scene, [&](int64_t first, int64_t last) {
+      gradients(first, last, scene, d_outputs, partial_ptr,
+                of_tiles ? d_of_tiles_ptr : d_background_ptr);
+    });
+    if (of_tiles) {
+      std::fill(d_background_ptr, d_background_ptr + scene.I * D, A(0));
+      const int64_t per_image = scene.Y * scene.X;
+      for (int64_t t = 0; t < tiles; ++t) {
+        A* const sum = d_background_ptr + t / per_image * D;
+        for (int64_t d = 0; d < D; ++d) sum[d] += d_of_tiles_ptr[t * D + d];
+      }
+    }
+    // where each splat stands in the lists, in order
+    std::vector<int64_t> starts(P + 2), places(M);
+    for (int64_t m = 0; m < M; ++m) ++starts[scene.ids[m] + 2];
+    for (int64_t p = 0; p < P; ++p) starts[p + 2] += starts[p + 1];
+    for (int64_t m = 0; m < M; ++m) places[starts[scene.ids[m] + 1]++] = m;
+    torch::stable::parallel_for(0, P, 1 << 8, [&](int64_t first, int64_t last) {
+      add_up(first, last, scene, starts.data(), places.data(), partial_ptr, d_inputs);
+    });
+  });
+  return {d_means2d, d_conics, d_colors, d_opacities, d_depths, d_background};
+}
+
+}  // namespace
+
+RAYFUSE_REGISTER(m) {
+  m.impl("composite_tiles", TORCH_BOX(&fwd));
+  m.impl("composite_tiles_bwd", TORCH_BOX(&bwd));
+}
+
+}  // namespace rayfuse

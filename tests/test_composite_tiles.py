@@ -1,0 +1,326 @@
+"""What only tile compositing knows: its definition pixel by pixel, where pixels end, and what is
+passed over."""
+
+import math
+
+import pytest
+import torch
+
+import rayfuse
+from conftest import EMULATED
+from contract import Contract, as_tuple
+
+
+def pixel_by_pixel(args, options):
+    """The definition as a loop over pixels and splats: Kerbl et al. (2023), as gsplat has it."""
+    names = rayfuse.composite_tiles.op.inputs
+    given = {**dict(zip(names, args, strict=True)), **options}
+    constants = {**rayfuse.TILE_PRESETS[given.get("preset", "gsplat15")], **given}
+    width, height, size = (given[x] for x in ("image_width", "image_height", "tile_size"))
+    means2d, conics, colors, opacities = (x.tolist() for x in args[:4])
+    offsets, ids = args[4], args[5].tolist()
+    images, Y, X = offsets.shape
+    starts = [*offsets.flatten().tolist(), len(ids)]
+    image = torch.zeros(images, height, width, args[2].shape[1], dtype=torch.float64)
+    alpha, depth = (torch.zeros(images, height, width, dtype=torch.float64) for _ in range(2))
+    for i in range(images):
+        for y in range(height):
+            for x in range(width):
+                tile = (i * Y + y // size) * X + x // size
+                masks = given["masks"]
+                seen = masks is None or bool(masks.flatten()[tile])
+                T, color, far = 1.0, [0.0] * args[2].shape[1], 0.0
+                for g in ids[starts[tile] : starts[tile + 1]] if seen else ():
+                    dx = means2d[g][0] - (x + constants["pixel_center"])
+                    dy = means2d[g][1] - (y + constants["pixel_center"])
+                    a, b, c = conics[g]
+                    sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
+                    if not sigma >= 0:
+                        continue
+                    own = min(opacities[g] * math.exp(-sigma), constants["max_alpha"])
+                    if own < 1 / 255:
+                        continue
+                    after = T * (1 - own)
+                    if after <= 1e-4 if constants["stop_at_min"] else after < 1e-4:
+                        break
+                    color = [s + own * T * v for s, v in zip(color, colors[g], strict=True)]
+                    if given["depths"] is not None:
+                        far += own * T * given["depths"][g].item()
+                    T = after
+                behind = 0.0
+                if given["background"] is not None:
+                    behind = T * given["background"][i].double()
+                image[i, y, x] = torch.tensor(color, dtype=torch.float64) + behind
+                alpha[i, y, x] = 1 - T
+                depth[i, y, x] = far / (1 - T) if T < 1 else 0.0
+    return image, alpha, depth
+
+
+class TestCompositeTiles(Contract):
+    op = rayfuse.composite_tiles
+    # splats of an image; one image has 2 x 3 tiles
+    sizes = tuple({"N": N, "D": D, "Y": 2, "X": 3} for N, D in ((0, 3), (1, 1), (5, 0), (9, 5)))
+    typical = {"N": 6, "D": 2, "Y": 2, "X": 3}
+    small = dict(tile_size=4, image_width=11, image_height=7)
+    variants = (
+        small,
+        dict(small, preset="inria", depths=None, masks=None, background=None),
+        dict(tile_size=17, image_width=40, image_height=18, preset="gsplat", depths=None),
+        dict(tile_size=16, image_width=48, image_height=32, background=None, min_alpha=0.2),
+    )
+
+    def inputs(self, leading=None, dtype=torch.float32, device="cpu", seed=0, **sizes):
+        leading = self.leading if leading is None else leading
+        return super().inputs((math.prod(leading),), dtype, device, seed, **sizes)
+
+    def raw(self, args, variant):
+        """The arguments of the raw op."""
+        named = dict(zip(self.spec.inputs, args, strict=True)) | (variant or self.variants[0])
+        required = [x.name for x in self.spec.signature.inputs if not x.optional]
+        given = self.spec._positional([named.pop(name) for name in required], named)
+        return self.spec._encoded(given)
+
+    def d_outputs(self, args, variant=None, seed=1):
+        _, sizes = self.spec.bind(self.raw(args, variant))
+        generator = torch.Generator().manual_seed(seed)
+        wide = torch.promote_types(args[0].dtype, torch.float32)
+        return [
+            (torch.rand(y.shape((), sizes), generator=generator) + 0.5).to(args[0].device, wide)
+            for y in self.spec.signature.outputs
+        ]
+
+    # ---- the definition
+
+    def test_reference_is_the_definition_pixel_by_pixel(self):
+        for v, variant in enumerate(self.variants):
+            variant = {k: x for k, x in variant.items() if k != "min_alpha"}
+            args = self.inputs((2,), torch.float64, seed=v, N=40, D=2, Y=2, X=3)
+            # so that some pixels end, and some alphas are cut off
+            args[3] = args[3].sqrt()
+            args[3][:4] = 1
+            options = {k: None if x is None else x for k, x in variant.items()}
+            with rayfuse.use_backend("ref"):
+                got = self.outputs(args, variant)
+            for ours, want in zip(got, pixel_by_pixel(args, options), strict=True):
+                torch.testing.assert_close(ours, want)
+
+    def test_long_lists_are_as_right_as_torch(self, forced_backend, device):
+        N = 12 if forced_backend in EMULATED else 100
+        for variant in self.variants:
+            args = self.inputs((1,), device=device, seed=3, N=N, D=3, Y=2, X=3)
+            self.assert_as_right_as_torch(args, variant=variant)
+
+    # ---- what the contract says of rays, of images
+
+    def test_gradients_pass_gradcheck(self, forced_backend, device):
+        emulated = forced_backend in EMULATED
+        args = self.leaves(self.inputs((2,), torch.float64, device, seed=1, N=4, D=2, Y=2, X=3))
+        for variant in self.variants[:1] if emulated else self.variants:
+            assert torch.autograd.gradcheck(
+                lambda *a: self.outputs(a, variant),  # noqa: B023
+                args,
+                fast_mode=True,
+            )
+
+    def test_second_derivatives_pass_gradgradcheck(self, forced_backend, device):
+        args = self.leaves(self.inputs((1,), torch.float64, device, seed=1, N=3, D=1, Y=2, X=3))
+        assert torch.autograd.gradgradcheck(lambda *a: self.outputs(a), args, fast_mode=True)
+
+    def test_result_is_the_same_to_the_bit_for_any_number_of_threads(self, forced_backend, device):
+        threads, images = torch.get_num_threads(), 3 if forced_backend in EMULATED else 40
+        args = self.inputs((images,), device=device, N=9, D=3, Y=2, X=3)
+        results = []
+        try:
+            for n in (1, 2, 3, 2):
+                torch.set_num_threads(n)
+                results.append(self.gradients(args))
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            self.assert_equal(result, results[0])
+
+    def test_expanded_inputs_and_gradients_are_read_right(self, forced_backend, device):
+        args = self.inputs(dtype=torch.float64, device=device)
+        for i in self.differentiable():
+            expanded = [*args]
+            expanded[i] = args[i][:1].expand_as(args[i])
+            d_outputs = [y.detach()[:1].expand_as(y) for y in self.outputs(args)]
+            dense = [x.clone() for x in expanded]
+            want = self.gradients(dense, [d_y.clone() for d_y in d_outputs])
+            expanded[i].requires_grad_()
+            self.assert_equal(self.gradients(expanded, d_outputs), want)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+    def test_bad_value_stays_in_its_own_ray(self, forced_backend, device, bad):
+        """A splat that is not finite is passed over, and gets no gradient."""
+        clean = self.inputs((2,), device=device)
+        d_outputs = self.d_outputs(clean)
+        for i, name in enumerate(self.spec.inputs):
+            if i not in self.differentiable() or name == "background":
+                continue
+            args = [x.clone() for x in clean]
+            args[i][3].view(-1)[-1] = bad
+            without = [x.clone() for x in clean]
+            without[3][3] = 0
+            got, want = self.gradients(args, d_outputs), self.gradients(without, d_outputs)
+            self.assert_equal(got, want, name)
+
+    def test_nan_comes_out_as_nan(self, forced_backend, device):
+        """Of a background; bad splats are passed over."""
+        args = self.inputs((3,), device=device)
+        args[self.spec.inputs.index("background")][1, 0] = torch.nan
+        nans = self.outputs(args)[0].isnan()
+        assert nans[1, ..., 0].any() and not nans[[0, 2]].any() and not nans[..., 1].any()
+
+    def test_vmap_is_one_more_leading_dimension(self, forced_backend, device):
+        batch = [torch.stack([x, x]) for x in self.inputs(device=device)]
+        with pytest.raises(NotImplementedError, match="vmap needs leading dimensions"):
+            torch.vmap(lambda *a: self.call(a))(*batch)
+
+    def test_torch_func_gives_the_gradients_of_autograd(self, forced_backend, device):
+        args = self.inputs(dtype=torch.float64, device=device)
+        wanted = tuple(self.differentiable())
+        grads = torch.func.grad(lambda *a: self.objective(a), wanted)(*args)
+        _, want = self.gradients_of_objective(args)
+        for ours, right in zip(grads, want, strict=True):
+            torch.testing.assert_close(ours, right)
+
+    def test_raw_ops_pass_opcheck(self, forced_backend, device):
+        fwd = torch.ops.rayfuse.composite_tiles.default
+        bwd = torch.ops.rayfuse.composite_tiles_bwd.default
+        args = self.inputs((2,), torch.float64, device)
+        raw = self.raw(args, self.variants[0])
+        torch.library.opcheck(fwd, raw)
+        for needs in (1, 2, 4, 8, 16, 32, 63):
+            torch.library.opcheck(bwd, (*self.d_outputs(args), *raw, needs))
+
+    # ---- what its callers rely on
+
+    def test_leading_dimensions_are_images_packed_or_not(self, forced_backend, device):
+        args = self.inputs((6,), device=device)
+        images = (2, 3)
+        unpacked = [
+            x if name == "flatten_ids" else x.reshape(*images, -1, *x.shape[1:])
+            for name, x in zip(self.spec.inputs, args, strict=True)
+        ]
+        for i, name in enumerate(self.spec.inputs):
+            if name in ("tile_offsets", "masks", "background"):
+                unpacked[i] = args[i].reshape(*images, *args[i].shape[1:])
+        got, want = self.call(unpacked), self.call(args)
+        for ours, right in zip(got, want, strict=True):
+            assert ours.shape[:2] == images
+            assert torch.equal(ours.flatten(0, 1), right)
+
+    def test_background_of_each_pixel_is_that_of_images_spread_out(self, forced_backend, device):
+        args = self.leaves(self.inputs((2,), device=device))
+        at = self.spec.inputs.index("background")
+        H, W = self.small["image_height"], self.small["image_width"]
+        spread = args[at][:, None, None].expand(-1, H, W, -1)
+        d_outputs = self.d_outputs(args)
+        results = []
+        for background in (args[at], spread):
+            outputs = as_tuple(self.call([*args[:at], background, *args[at + 1 :]]))
+            grads = torch.autograd.grad(outputs, [args[0], args[at]], d_outputs)
+            results.append((*outputs, *grads))
+        for ours, right in zip(*results, strict=True):
+            torch.testing.assert_close(ours, right)
+
+    def test_lists_in_int32_and_masks_of_bools_are_the_same(self, forced_backend, device):
+        args = self.inputs((2,), device=device)
+        narrow = [*args]
+        for name, dtype in (
+            ("tile_offsets", torch.int32),
+            ("flatten_ids", torch.int32),
+            ("masks", torch.bool),
+        ):
+            i = self.spec.inputs.index(name)
+            narrow[i] = args[i].to(dtype)
+        assert all(map(torch.equal, self.call(narrow), self.call(args)))
+
+    def one_pixel(self, device, opacities, **options):
+        """Splats that lie on the only pixel, at depths 1, 2, ..., with that colour."""
+        n = len(opacities)
+        where = torch.full((n, 2), options.get("pixel_center", 0.5), device=device)
+        conic = torch.tensor([1.0, 0.0, 1.0], device=device).expand(n, 3)
+        depths = torch.arange(1.0, n + 1, device=device)
+        o = torch.tensor(opacities, device=device, requires_grad=True)
+        offsets = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        ids = torch.arange(n, device=device)
+        out = rayfuse.composite_tiles(
+            where, conic, depths[:, None], o, offsets, ids, depths=depths,
+            image_width=1, image_height=1, **options,
+        )  # fmt: skip
+        return out, o
+
+    def test_alpha_at_its_limit_gives_no_gradient_to_the_opacity(self, forced_backend, device):
+        out, o = self.one_pixel(device, [1.0, 0.5])
+        out.alpha.sum().backward()
+        torch.testing.assert_close(o.grad, torch.tensor([0.0, 0.001], device=device))
+        torch.testing.assert_close(out.alpha.item(), 1 - 0.0005)
+
+    def test_second_splat_at_the_limit_ends_the_pixel_of_gsplat(self, forced_backend, device):
+        """(1 - 0.99)^2 <= 1e-4 in float32: it is left out, and so is what follows."""
+        out, _ = self.one_pixel(device, [1.0, 1.0, 0.5], preset="gsplat")
+        torch.testing.assert_close(out.depth.item(), 1.0)
+        torch.testing.assert_close(out.alpha.item(), 0.99)
+
+    @pytest.mark.parametrize(("stop_at_min", "count"), [(True, 1), (False, 2)])
+    def test_reaching_the_least_transmittance_ends_a_pixel_or_not(
+        self, forced_backend, device, stop_at_min, count
+    ):
+        out, _ = self.one_pixel(
+            device, [0.5, 0.5, 0.5], min_transmittance=0.25, stop_at_min=stop_at_min
+        )
+        torch.testing.assert_close(out.alpha.item(), 1 - 0.5**count)
+
+    def test_background_shows_where_masks_are_false(self, forced_backend, device):
+        args = self.inputs((1,), device=device)
+        masks = torch.zeros(1, 2, 3, dtype=torch.bool, device=device)
+        masks[0, 0, 1] = True
+        at = {name: self.spec.inputs.index(name) for name in ("masks", "background")}
+        args[at["masks"]] = masks
+        leaves = self.leaves(args)
+        out = self.call(leaves)
+        hidden = torch.ones(7, 11, dtype=torch.bool, device=device)
+        hidden[:4, 4:8] = False
+        background = args[at["background"]][0]
+        assert torch.equal(out.colors[0, hidden], background.expand(int(hidden.sum()), -1))
+        assert (out.alpha[0, hidden] == 0).all() and out.alpha.max() > 0
+        d_image = hidden[None, ..., None] * torch.ones_like(out.colors)
+        grads = torch.autograd.grad(
+            out.colors, [leaves[0], leaves[at["background"]]], d_image, materialize_grads=True
+        )
+        assert (grads[0] == 0).all()
+        torch.testing.assert_close(grads[1], torch.full_like(grads[1], float(hidden.sum())))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (dict(image_width=17), "tile_offsets must have shape [..., 2, 5], got"),
+            (dict(image_height=0), "image_height must be >= 1, got 0"),
+            (dict(tile_size=33), "tile_size must be from 1 to 32, got 33"),
+            (dict(preset="3dgs"), "preset must be one of gsplat15, gsplat, inria, got '3dgs'"),
+            (dict(max_alpha=1.5), "max_alpha must be > 0 and <= 1, got 1.5"),
+            (dict(background=torch.zeros(3, 2)), "background must have shape [2, D] or [154, D]"),
+        ],
+        ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+    )
+    def test_what_does_not_fit_is_named(self, change, message):
+        with pytest.raises(ValueError) as raised:
+            self.call(self.inputs((2,)), {**self.small, **change})
+        assert message in str(raised.value)
+
+    def test_lists_that_lead_out_of_bounds_are_named(self, forced_backend, device):
+        args = self.inputs((2,), device=device)
+        M, P = len(args[5]), len(args[0])
+        wrong = [(4, (0, 0, 0), 1), (4, (0, 0, 1), -1), (4, (1, 1, 2), M + 1)]
+        wrong += [(5, (0,), -1), (5, (M - 1,), P)]
+        for i, place, value in wrong:
+            bad = [*args]
+            bad[i] = args[i].clone()
+            bad[i][place] = value
+            with rayfuse.debug(), pytest.raises(ValueError, match=f"{self.spec.inputs[i]} must"):
+                self.call(bad)
+            if forced_backend == "ref" or forced_backend.startswith("cpu"):
+                with pytest.raises(ValueError, match=f"{self.spec.inputs[i]} must"):
+                    self.call(bad)
