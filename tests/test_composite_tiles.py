@@ -65,8 +65,8 @@ class TestCompositeTiles(Contract):
     variants = (
         small,
         dict(small, preset="inria", depths=None, masks=None, background=None),
-        dict(tile_size=17, image_width=40, image_height=18, preset="gsplat", depths=None),
-        dict(tile_size=16, image_width=48, image_height=32, background=None, min_alpha=0.2),
+        dict(tile_size=9, image_width=22, image_height=10, preset="gsplat", depths=None),
+        dict(tile_size=16, image_width=43, image_height=17, background=None, min_alpha=0.2),
     )
 
     def inputs(self, leading=None, dtype=torch.float32, device="cpu", seed=0, **sizes):
@@ -298,7 +298,7 @@ class TestCompositeTiles(Contract):
         [
             (dict(image_width=17), "tile_offsets must have shape [..., 2, 5], got"),
             (dict(image_height=0), "image_height must be >= 1, got 0"),
-            (dict(tile_size=33), "tile_size must be from 1 to 32, got 33"),
+            (dict(tile_size=17), "tile_size must be from 1 to 16, got 17"),
             (dict(preset="3dgs"), "preset must be one of gsplat15, gsplat, inria, got '3dgs'"),
             (dict(max_alpha=1.5), "max_alpha must be > 0 and <= 1, got 1.5"),
             (dict(background=torch.zeros(3, 2)), "background must have shape [2, D] or [154, D]"),

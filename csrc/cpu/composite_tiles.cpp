@@ -8,6 +8,7 @@
 // (<c_i, g> - u_i). Sums of a splat over its tile meet in the order of tiles. docs/splats.md
 #include "explog.h"
 #include "rays.h"
+#include "../math/composite_tiles.h"
 
 #include <cmath>
 #include <vector>
@@ -64,32 +65,6 @@ struct Row {
   }
 };
 
-template <class T>
-struct Scene {
-  using A = accumulator<T>;
-
-  const A* means2d;        // [P, 2]
-  const A* conics;         // [P, 3]
-  const T* colors;         // [P, D]
-  const A* opacities;      // [P]
-  const int64_t* offsets;  // [I, Y, X]
-  const int64_t* ids;      // [M]
-  const A* depths;         // [P] or null
-  const A* background;     // [I, D], [I, H, W, D] or null
-  const int64_t* masks;    // [I, Y, X] or null
-  int64_t P, D, I, Y, X, M, H, W, size;
-  bool background_of_pixels;
-  // the last is the largest transmittance that ends a pixel
-  A max_alpha, min_alpha, center, ending;
-
-  int64_t tiles() const { return I * Y * X; }
-  // With the depth.
-  int64_t channels() const { return D + (depths != nullptr); }
-  const A* background_at(int64_t image, int64_t pixel) const {
-    return background ? background + (background_of_pixels ? pixel : image) * D : nullptr;
-  }
-};
-
 // A splat with sigma in powers of 2: log2 alpha = log_opacity + dx (a dx + b dy) + c dy^2.
 template <class A>
 struct Splat {
@@ -107,7 +82,7 @@ class Tile {
   const int64_t C;  // channels
   // the list is `listed` long, of which a masked tile has none
   int64_t image = 0, x = 0, y = 0, begin = 0, listed = 0, n = 0;
-  int rows = 0;
+  int rows = 0, columns = 0;
   // along the list of the row that was weighed
   std::vector<Pixels> weight, alpha;
   Pixels transmittance = {}, opacity = {}, pixel_x = {};
@@ -121,9 +96,9 @@ class Tile {
     x = place % scene.X * scene.size;
     y = place / scene.X * scene.size;
     rows = static_cast<int>(std::min(scene.size, scene.H - y));
+    columns = static_cast<int>(std::min(scene.size, scene.W - x));
     begin = scene.offsets[t];
-    const int64_t end = t + 1 < scene.tiles() ? scene.offsets[t + 1] : scene.M;
-    listed = end - begin;
+    listed = scene.list_end(t) - begin;
     n = scene.masks && !scene.masks[t] ? 0 : listed;
     if (n > static_cast<int64_t>(splats_.size())) {
       splats_.resize(n);
@@ -132,24 +107,15 @@ class Tile {
       alpha.resize(n);
       list_.resize(n * scene.size);
     }
-    for (int64_t k = 0; k < n; ++k) gather(k);
-  }
-
-  int strips() const { return static_cast<int>((scene.size + kRow - 1) / kRow); }
-  int64_t first_x(int strip) const { return x + strip * kRow; }
-  // Pixels of a strip that exist; no more than 0 where it lies outside.
-  int columns(int strip) const {
-    const int64_t end = std::min(x + scene.size, scene.W);
-    return static_cast<int>(std::min<int64_t>(end - first_x(strip), kRow));
-  }
-
-  void go_to_strip(int strip) {
-    const A first = static_cast<A>(first_x(strip)) + scene.center;
+    const A first = static_cast<A>(x) + scene.center;
     A centers[kRow];
     for (int i = 0; i < kRow; ++i) centers[i] = first + i;
     pixel_x = Pixels::load_from(centers);
     for (int r = 0; r < rows; ++r) reach_[r] = 0;
-    for (int64_t k = 0; k < n; ++k) enlist(static_cast<int>(k), first, first + kRow - 1);
+    for (int64_t k = 0; k < n; ++k) {
+      gather(k);
+      enlist(static_cast<int>(k), first, first + (columns - 1));
+    }
   }
 
   // How many of the splats of a row its pixels met before all of them ended.
@@ -269,9 +235,9 @@ class Tile {
   const A log_min_;
   std::vector<Splat<A>> splats_;
   std::vector<A> color_;
-  // the lists of all rows of the strip, and how long they are
+  // the lists of all rows, and how long they are
   std::vector<int> list_;
-  int reach_[32];
+  int reach_[kRow];
   const int* here_ = nullptr;
   int count_ = 0;
 };
@@ -289,39 +255,24 @@ RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene
   A passing[kRow], met[kRow];
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
-    for (int strip = 0; strip < tile.strips(); ++strip) {
-      tile.go_to_strip(strip);
-      for (int r = 0; r < tile.rows; ++r) {
-        tile.template weigh<false>(r);
-        tile.blend_all(sums.data());
-        tile.transmittance.store_to(passing);
-        tile.opacity.store_to(met);
-        const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.first_x(strip);
-        for (int i = 0; i < tile.columns(strip); ++i) {
-          const A* const background = scene.background_at(tile.image, row + i);
-          for (int64_t d = 0; d < D; ++d) {
-            const A behind = background ? passing[i] * background[d] : A(0);
-            image[(row + i) * D + d] = sums[d * kRow + i] + behind;
-          }
-          opacity[row + i] = met[i];
-          depth[row + i] = scene.depths && met[i] > 0 ? sums[D * kRow + i] / met[i] : A(0);
+    for (int r = 0; r < tile.rows; ++r) {
+      tile.template weigh<false>(r);
+      tile.blend_all(sums.data());
+      tile.transmittance.store_to(passing);
+      tile.opacity.store_to(met);
+      const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.x;
+      for (int i = 0; i < tile.columns; ++i) {
+        const A* const background = scene.background_at(tile.image, row + i);
+        for (int64_t d = 0; d < D; ++d) {
+          const A behind = background ? passing[i] * background[d] : A(0);
+          image[(row + i) * D + d] = sums[d * kRow + i] + behind;
         }
+        opacity[row + i] = met[i];
+        depth[row + i] = scene.depths && met[i] > 0 ? sums[D * kRow + i] / met[i] : A(0);
       }
     }
   }
 }
-
-// Gradients of the outputs, null where there are none.
-template <class A>
-struct Incoming {
-  const A* image;    // [I, H, W, D]
-  const A* opacity;  // [I, H, W]
-  const A* depth;    // [I, H, W]
-};
-
-// Sums over the pixels of a tile, of a splat: with h = opacity d_opacity of a pixel, h, h dx,
-// h dx^2, h dy, h dx dy, h dy^2, and the gradients of its channels.
-constexpr int kMoments = 6;
 
 // A row's gradients, as they are needed along its list.
 template <class T>
@@ -333,7 +284,7 @@ struct RowGradients {
   Pixels behind = {};       // u of the last splat
 
   // Also adds to, or writes, the gradient of the background, where it is wanted.
-  void gather(const Tile<T>& tile, int r, int strip, const Incoming<A>& d, A* d_background) {
+  void gather(const Tile<T>& tile, int r, const Incoming<A>& d, A* d_background) {
     const Scene<T>& scene = tile.scene;
     const int64_t D = scene.D;
     channels.assign(tile.C * kRow, 0);
@@ -345,8 +296,8 @@ struct RowGradients {
       distance.resize(tile.C * kRow);
       tile.template blend<1>(D, distance.data());
     }
-    const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.first_x(strip);
-    for (int i = 0; i < tile.columns(strip); ++i) {
+    const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.x;
+    for (int i = 0; i < tile.columns; ++i) {
       const A* const background = scene.background_at(tile.image, row + i);
       A through = d.opacity ? -d.opacity[row + i] : A(0);
       if (d.image) {
@@ -395,46 +346,43 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
     A* const d_own =
         d_background ? d_background + (scene.background_of_pixels ? 0 : t * scene.D) : nullptr;
     if (d_own && !scene.background_of_pixels) std::fill(d_own, d_own + scene.D, A(0));
-    for (int strip = 0; strip < tile.strips(); ++strip) {
-      tile.go_to_strip(strip);
-      for (int r = 0; r < tile.rows; ++r) {
-        tile.template weigh<true>(r);
-        row.gather(tile, r, strip, d_outputs, d_own);
-        const A* const g = row.channels.data();
-        Pixels behind = row.behind;
-        for (int i = tile.count() - 1; i >= 0; --i) {
-          const Splat<A>& s = tile.splat(i);
-          const A* const color = tile.color(i);
-          const A dy = tile.dy(r, s);
-          const Pixels w = tile.weight[i];
-          vec<A>* const sum = &sums[tile.place(i) * width];
-          Pixels shade = {};
-          for (int64_t c = 0; c < C; ++c) {
-            vec<A> d_color = sum[kMoments + c];
-            for (int p = 0; p < Pixels::kParts; ++p) {
-              const vec<A> g_c = load(g + c * kRow + p * kLanes<A>);
-              shade.part[p] += color[c] * g_c;
-              d_color += w.part[p] * g_c;
-            }
-            sum[kMoments + c] = d_color;
-          }
-          vec<A> h = {}, h_x = {}, h_xx = {};
+    for (int r = 0; r < tile.rows; ++r) {
+      tile.template weigh<true>(r);
+      row.gather(tile, r, d_outputs, d_own);
+      const A* const g = row.channels.data();
+      Pixels behind = row.behind;
+      for (int i = tile.count() - 1; i >= 0; --i) {
+        const Splat<A>& s = tile.splat(i);
+        const A* const color = tile.color(i);
+        const A dy = tile.dy(r, s);
+        const Pixels w = tile.weight[i];
+        vec<A>* const sum = &sums[tile.place(i) * width];
+        Pixels shade = {};
+        for (int64_t c = 0; c < C; ++c) {
+          vec<A> d_color = sum[kMoments + c];
           for (int p = 0; p < Pixels::kParts; ++p) {
-            const vec<A> alpha = tile.alpha[i].part[p], excess = shade.part[p] - behind.part[p];
-            behind.part[p] += alpha * excess;
-            const vec<A> own = alpha < scene.max_alpha ? w.part[p] * excess : vec<A>{};
-            const vec<A> dx = s.x - tile.pixel_x.part[p];
-            h += own;
-            h_x += own * dx;
-            h_xx += own * dx * dx;
+            const vec<A> g_c = load(g + c * kRow + p * kLanes<A>);
+            shade.part[p] += color[c] * g_c;
+            d_color += w.part[p] * g_c;
           }
-          sum[0] += h;
-          sum[1] += h_x;
-          sum[2] += h_xx;
-          sum[3] += dy * h;
-          sum[4] += dy * h_x;
-          sum[5] += dy * dy * h;
+          sum[kMoments + c] = d_color;
         }
+        vec<A> h = {}, h_x = {}, h_xx = {};
+        for (int p = 0; p < Pixels::kParts; ++p) {
+          const vec<A> alpha = tile.alpha[i].part[p], excess = shade.part[p] - behind.part[p];
+          behind.part[p] += alpha * excess;
+          const vec<A> own = alpha < scene.max_alpha ? w.part[p] * excess : vec<A>{};
+          const vec<A> dx = s.x - tile.pixel_x.part[p];
+          h += own;
+          h_x += own * dx;
+          h_xx += own * dx * dx;
+        }
+        sum[0] += h;
+        sum[1] += h_x;
+        sum[2] += h_xx;
+        sum[3] += dy * h;
+        sum[4] += dy * h_x;
+        sum[5] += dy * dy * h;
       }
     }
     A* const out = partial + tile.begin * width;
@@ -442,18 +390,6 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
     std::fill(out + tile.n * width, out + tile.listed * width, A(0));
   }
 }
-
-// The gradients of the splats, null where they are not wanted.
-template <class T>
-struct Outgoing {
-  using A = accumulator<T>;
-
-  A* means2d;    // [P, 2]
-  A* conics;     // [P, 3]
-  T* colors;     // [P, D]
-  A* opacities;  // [P]
-  A* depths;     // [P]
-};
 
 // Splats first..last, from the sums of the tiles that have them: places[starts[p]..starts[p+1]].
 template <class T>
@@ -470,21 +406,7 @@ RAYFUSE_KERNEL void add_up(int64_t first, int64_t last, const Scene<T>& scene,
       const A* const part = partial + places[k] * width;
       for (int64_t i = 0; i < width; ++i) sum[i] += part[i];
     }
-    const A h = sum[0], h_x = sum[1], h_xx = sum[2], h_y = sum[3], h_xy = sum[4], h_yy = sum[5];
-    // that of a splat which is passed over may be anything
-    const A* const conic = scene.conics + 3 * p;
-    const bool met = starts[p] < starts[p + 1] && 0 * (conic[0] + conic[1] + conic[2]) == 0;
-    const A a = met ? conic[0] : A(0), b = met ? conic[1] : A(0), c = met ? conic[2] : A(0);
-    if (out.means2d) {
-      out.means2d[2 * p] = -(a * h_x + b * h_y);
-      out.means2d[2 * p + 1] = -(b * h_x + c * h_y);
-    }
-    if (out.conics) {
-      out.conics[3 * p] = A(-0.5) * h_xx;
-      out.conics[3 * p + 1] = -h_xy;
-      out.conics[3 * p + 2] = A(-0.5) * h_yy;
-    }
-    if (out.opacities) out.opacities[p] = h != 0 ? h / scene.opacities[p] : A(0);
+    out.write(scene, p, starts[p] < starts[p + 1], sum[0], sum[1], sum[2], sum[3], sum[4], sum[5]);
     if (out.colors) {
       for (int64_t d = 0; d < D; ++d) out.colors[p * D + d] = narrow<T>(sum[kMoments + d]);
     }
@@ -492,55 +414,25 @@ RAYFUSE_KERNEL void add_up(int64_t first, int64_t last, const Scene<T>& scene,
   }
 }
 
+// Of the background of images, tile by tile.
+template <class T>
+void add_up_tiles(const Scene<T>& scene, const accumulator<T>* of_tiles,  // [tiles, D]
+                  accumulator<T>* d_background) {                         // [I, D]
+  const int64_t D = scene.D, per_image = scene.Y * scene.X;
+  for (int64_t t = 0; t < scene.tiles(); ++t) {
+    accumulator<T>* const sum = d_background + t / per_image * D;
+    for (int64_t d = 0; d < D; ++d) sum[d] += of_tiles[t * D + d];
+  }
+}
+
 }  // namespace
 }  // namespace rayfuse
 
 #include "registration.h"
+#include "../tiles.h"
 
 namespace rayfuse {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
-
-struct Constants {
-  int64_t W, H, size;
-  double max_alpha, min_alpha, min_transmittance, center;
-  bool stop_at_min;
-};
-
-template <class T>
-Scene<T> scene_of(const Tensor& means2d, const Tensor& conics, const Tensor& colors,
-                  const Tensor& opacities, const Tensor& tile_offsets, const Tensor& flatten_ids,
-                  const MaybeTensor& depths, const MaybeTensor& background,
-                  const MaybeTensor& masks, const Constants& constants) {
-  using A = accumulator<T>;
-  Scene<T> scene = {};
-  scene.means2d = data<A>(means2d);
-  scene.conics = data<A>(conics);
-  scene.colors = data<T>(colors);
-  scene.opacities = data<A>(opacities);
-  scene.offsets = data<int64_t>(tile_offsets);
-  scene.ids = data<int64_t>(flatten_ids);
-  scene.depths = data<A>(depths);
-  scene.background = data<A>(background);
-  scene.masks = data<int64_t>(masks);
-  scene.P = means2d.size(0);
-  scene.D = colors.size(1);
-  scene.I = tile_offsets.size(0);
-  scene.Y = tile_offsets.size(1);
-  scene.X = tile_offsets.size(2);
-  scene.M = scene.tiles() ? flatten_ids.size(0) : 0;
-  scene.H = constants.H;
-  scene.W = constants.W;
-  scene.size = constants.size;
-  scene.background_of_pixels = background && background->size(0) != scene.I;
-  scene.max_alpha = static_cast<A>(constants.max_alpha);
-  scene.min_alpha = static_cast<A>(constants.min_alpha);
-  scene.center = static_cast<A>(constants.center);
-  scene.ending = static_cast<A>(constants.min_transmittance);
-  if (!constants.stop_at_min) scene.ending = std::nextafter(scene.ending, A(-1));
-  return scene;
-}
 
 // Here a look at all values costs no synchronisation, and wrong ones would lead out of bounds.
 void check_lists(const Tensor& tile_offsets, const Tensor& flatten_ids, int64_t P) {
@@ -594,24 +486,21 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
                                        double min_alpha, double min_transmittance,
                                        double pixel_center, bool stop_at_min) {
   check_lists(tile_offsets, flatten_ids, means2d.size(0));
-  const Constants constants{image_width, image_height,      tile_size,    max_alpha,
-                            min_alpha,   min_transmittance, pixel_center, stop_at_min};
-  const int64_t I = tile_offsets.size(0), H = image_height, W = image_width;
-  const int32_t dtype = dtype_of(means2d);
-  Tensor image = empty(means2d, {I, H, W, colors.size(1)}, dtype);
-  Tensor alpha = empty(means2d, {I, H, W}, dtype), depth = empty(means2d, {I, H, W}, dtype);
+  const TileCall call{means2d,      conics,     colors,     opacities, tile_offsets,
+                      flatten_ids,  depths,     background, masks,     image_width,
+                      image_height, tile_size,  max_alpha,  min_alpha, min_transmittance,
+                      pixel_center, stop_at_min};
+  const TileOutputs out(call);
   dispatch(colors, [&](auto type) {
-    using T = decltype(type);
-    using A = accumulator<T>;
-    const Scene<T> scene = scene_of<T>(means2d, conics, colors, opacities, tile_offsets,
-                                       flatten_ids, depths, background, masks, constants);
-    A *image_ptr = mutable_data<A>(image), *alpha_ptr = mutable_data<A>(alpha),
-      *depth_ptr = mutable_data<A>(depth);
+    using A = accumulator<decltype(type)>;
+    const auto scene = call.scene<decltype(type)>();
+    A *image = mutable_data<A>(out.image), *alpha = mutable_data<A>(out.alpha),
+      *depth = mutable_data<A>(out.depth);
     for_tiles(scene, [&](int64_t first, int64_t last) {
-      composite(first, last, scene, image_ptr, alpha_ptr, depth_ptr);
+      composite(first, last, scene, image, alpha, depth);
     });
   });
-  return {image, alpha, depth};
+  return {out.image, out.alpha, out.depth};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
@@ -622,54 +511,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     int64_t image_height, int64_t tile_size, double max_alpha, double min_alpha,
     double min_transmittance, double pixel_center, bool stop_at_min, int64_t needs) {
   check_lists(tile_offsets, flatten_ids, means2d.size(0));
-  const Constants constants{image_width, image_height,      tile_size,    max_alpha,
-                            min_alpha,   min_transmittance, pixel_center, stop_at_min};
-  Tensor d_means2d = empty_gradient(means2d, needs, 0), d_conics = empty_gradient(conics, needs, 1),
-         d_colors = empty_gradient(colors, needs, 2),
-         d_opacities = empty_gradient(opacities, needs, 3),
-         d_depths = empty_gradient(depths, means2d, needs, 4),
-         d_background = empty_gradient(background, means2d, needs, 5);
+  const TileCall call{means2d,      conics,     colors,     opacities, tile_offsets,
+                      flatten_ids,  depths,     background, masks,     image_width,
+                      image_height, tile_size,  max_alpha,  min_alpha, min_transmittance,
+                      pixel_center, stop_at_min};
+  const TileGradients d(call, needs);
   dispatch(colors, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    const Scene<T> scene = scene_of<T>(means2d, conics, colors, opacities, tile_offsets,
-                                       flatten_ids, depths, background, masks, constants);
+    const auto scene = call.scene<T>();
     const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
-    const Outgoing<T> d_inputs{mutable_data<A>(d_means2d), mutable_data<A>(d_conics),
-                               mutable_data<T>(d_colors), mutable_data<A>(d_opacities),
-                               mutable_data<A>(d_depths)};
-    const int64_t P = scene.P, M = scene.M, D = scene.D, tiles = scene.tiles();
-    const int64_t width = kMoments + scene.channels();
-    A* const d_background_ptr = mutable_data<A>(d_background);
-    const bool of_tiles = d_background_ptr && !scene.background_of_pixels;
-    const Tensor partial = empty(means2d, {M, width}, dtype_of(means2d));
-    const Tensor d_of_tiles = empty(means2d, {of_tiles ? tiles : 0, D}, dtype_of(means2d));
-    A *partial_ptr = mutable_data<A>(partial), *d_of_tiles_ptr = mutable_data<A>(d_of_tiles);
-    if (d_background_ptr && !d_outputs.image) {
-      std::fill(d_background_ptr, d_background_ptr + d_background.numel(), A(0));
-    }
+    const auto d_inputs = d.outgoing<T>();
+    A* const partial = mutable_data<A>(d.partial);
+    A* const d_background = mutable_data<A>(d.background);
+    A* const of_tiles = mutable_data<A>(d.background_of_tiles);
+    if (d_background) std::fill(d_background, d_background + d.background.numel(), A(0));
     for_tiles(scene, [&](int64_t first, int64_t last) {
-      gradients(first, last, scene, d_outputs, partial_ptr,
-                of_tiles ? d_of_tiles_ptr : d_background_ptr);
+      gradients(first, last, scene, d_outputs, partial, of_tiles ? of_tiles : d_background);
     });
-    if (of_tiles) {
-      std::fill(d_background_ptr, d_background_ptr + scene.I * D, A(0));
-      const int64_t per_image = scene.Y * scene.X;
-      for (int64_t t = 0; t < tiles; ++t) {
-        A* const sum = d_background_ptr + t / per_image * D;
-        for (int64_t d = 0; d < D; ++d) sum[d] += d_of_tiles_ptr[t * D + d];
-      }
-    }
+    if (of_tiles) add_up_tiles(scene, of_tiles, d_background);
     // where each splat stands in the lists, in order
+    const int64_t P = scene.P, M = scene.M;
     std::vector<int64_t> starts(P + 2), places(M);
     for (int64_t m = 0; m < M; ++m) ++starts[scene.ids[m] + 2];
     for (int64_t p = 0; p < P; ++p) starts[p + 2] += starts[p + 1];
     for (int64_t m = 0; m < M; ++m) places[starts[scene.ids[m] + 1]++] = m;
     torch::stable::parallel_for(0, P, 1 << 8, [&](int64_t first, int64_t last) {
-      add_up(first, last, scene, starts.data(), places.data(), partial_ptr, d_inputs);
+      add_up(first, last, scene, starts.data(), places.data(), partial, d_inputs);
     });
   });
-  return {d_means2d, d_conics, d_colors, d_opacities, d_depths, d_background};
+  return d.tensors();
 }
 
 }  // namespace

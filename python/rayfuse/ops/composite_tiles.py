@@ -19,8 +19,8 @@ TILE_PRESETS: dict[str, dict[str, Any]] = {
     "gsplat": dict(max_alpha=0.99, pixel_center=0.5, stop_at_min=True),
     "inria": dict(max_alpha=0.99, pixel_center=0.0, stop_at_min=False),
 }
-# a block of threads holds a tile
-_TILE_MOST = 32
+# a block of threads holds a tile, and a row of it a register or two
+_TILE_MOST = 16
 
 _tile_starts = Domain(
     "rise from 0 to the length of flatten_ids",
@@ -37,7 +37,9 @@ _splats = Domain(
     lambda u, P: (u * P).long(),
     "P",
 )
-_booleans = Domain("be 0 or 1", lambda x, _: (x == 0) | (x == 1), lambda u, _: (u < 0.75).long(), "I")
+_booleans = Domain(
+    "be 0 or 1", lambda x, _: (x == 0) | (x == 1), lambda u, _: (u < 0.75).long(), "I"
+)
 _alpha = Domain("be > 0 and <= 1", lambda x: (x > 0) & (x <= 1), lambda u: u)
 
 
@@ -226,7 +228,7 @@ def composite_tiles(
             None for black.
         masks: [..., th, tw] bool; tiles where it is False are background.
         image_width, image_height: W and H in pixels.
-        tile_size: width of the square tiles in pixels, up to 32.
+        tile_size: width of the square tiles in pixels, up to 16.
         preset: where the constants below come from unless given: `"gsplat15"` (gsplat 1.5.3),
             `"gsplat"` (its head), `"inria"` (diff-gaussian-rasterization).
         max_alpha, min_alpha: see above.
@@ -325,9 +327,7 @@ class _TileLists:
         self.ids = ids[(begin[:, None] + place).clamp(max=M - 1)]
 
 
-def _pixels(
-    tiles: Sequence[int], size: int, center: float, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _pixels(tiles: Sequence[int], size: int, center: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """x and y of the pixels of all tiles, [tiles, pixels, 1] each."""
     inner = torch.arange(size, device=like.device)
     tile = torch.arange(tiles[1] * tiles[2], device=like.device).repeat(tiles[0])

@@ -1,0 +1,489 @@
+// Tile compositing: per pixel alpha_i = min(o_i e^-sigma_i, max_alpha) for the splats i of its
+// tile's list, w_i = alpha_i T_i with T_{i+1} = T_i (1 - alpha_i); image = sum_i w_i c_i + T bg,
+// alpha = sum_i w_i, depth = sum_i w_i z_i / alpha.
+// A block owns a tile, a thread a pixel; kBatch splats at a time are in shared memory. Forward: a
+// block for every kChannels channels. Backward: once forward for T before each batch, once back
+// with u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i + alpha_i
+// (<c_i, g> - u_i); a tile's sums of a splat are added up by a second kernel. docs/splats.md
+#include "launch.h"
+#include "rays.h"
+#include "../math/composite_tiles.h"
+
+#include <cmath>
+
+namespace rayfuse {
+namespace {
+
+constexpr int kBatch = 16;
+constexpr int kWarps = kBlock / kWarp;
+// Sums of a splat that warps exchange at a time.
+constexpr int kExchanged = 8;
+
+// A list within flatten_ids and ids of splats, whatever the tensors hold.
+struct List {
+  int64_t begin, listed, n;
+
+  template <class T>
+  __device__ List(const Scene<T>& scene, int64_t t) {
+    begin = min(max(scene.offsets[t], int64_t{0}), scene.M);
+    listed = max(min(scene.list_end(t), scene.M) - begin, int64_t{0});
+    n = scene.masks && !scene.masks[t] ? 0 : listed;
+  }
+};
+template <class T>
+__device__ int64_t splat_at(const Scene<T>& scene, int64_t place) {
+  return min(max(scene.ids[place], int64_t{0}), scene.P - 1);
+}
+
+template <class T>
+__device__ accumulator<T> channel_of(const Scene<T>& scene, int64_t id, int64_t c) {
+  return c < scene.D ? widen(scene.colors[id * scene.D + c]) : scene.depths[id];
+}
+
+// The pixel of a thread.
+template <class T>
+struct Pixel {
+  using A = accumulator<T>;
+
+  int64_t image, index;
+  A x, y;
+  bool exists;
+
+  __device__ Pixel(const Scene<T>& scene, int64_t t) {
+    const int size = static_cast<int>(scene.size), rank = threadIdx.x;
+    const int64_t tile = t % (scene.Y * scene.X);
+    const int64_t column = tile % scene.X * size + rank % size;
+    const int64_t row = tile / scene.X * size + rank / size;
+    image = t / (scene.Y * scene.X);
+    index = (image * scene.H + row) * scene.W + column;
+    x = static_cast<A>(column) + scene.center;
+    y = static_cast<A>(row) + scene.center;
+    exists = rank < size * size && column < scene.W && row < scene.H;
+  }
+};
+
+// Splats of a list in shared memory; those that are passed over have opacity 0.
+template <class T>
+struct Batch {
+  using A = accumulator<T>;
+
+  A x[kBatch], y[kBatch], a[kBatch], b[kBatch], c[kBatch], opacity[kBatch];
+  int64_t id[kBatch];
+
+  // All threads of the block, kBlock / kBatch for a splat.
+  __device__ void load(const Scene<T>& scene, int64_t first, int64_t count) {
+    constexpr int kTeam = kBlock / kBatch;
+    const int k = threadIdx.x / kTeam, lane = threadIdx.x % kTeam;
+    const bool listed = k < count;
+    const int64_t own = listed ? splat_at(scene, first + k) : 0;
+    A own_x = 0, own_y = 0, own_a = 0, own_b = 0, own_c = 0, own_opacity = 0, nothing = 0;
+    if (listed) {
+      own_x = scene.means2d[2 * own];
+      own_y = scene.means2d[2 * own + 1];
+      own_a = scene.conics[3 * own];
+      own_b = scene.conics[3 * own + 1];
+      own_c = scene.conics[3 * own + 2];
+      own_opacity = scene.opacities[own];
+      // what is not finite, times 0, is NaN
+      nothing = 0 * (own_x + own_y + own_a + own_b + own_c + own_opacity);
+      for (int64_t d = lane; d < scene.channels(); d += kTeam) {
+        nothing += 0 * channel_of(scene, own, d);
+      }
+    }
+#pragma unroll
+    for (int lanes = kTeam / 2; lanes > 0; lanes /= 2) {
+      nothing += __shfl_xor_sync(kAllLanes, nothing, lanes);
+    }
+    if (lane > 0) return;
+    const bool seen = nothing == 0;
+    id[k] = own;
+    x[k] = seen ? own_x : A(0);
+    y[k] = seen ? own_y : A(0);
+    a[k] = seen ? own_a : A(0);
+    b[k] = seen ? own_b : A(0);
+    c[k] = seen ? own_c : A(0);
+    opacity[k] = seen ? own_opacity : A(0);
+  }
+
+  __device__ A alpha(const Scene<T>& scene, int k, const Pixel<T>& pixel) const {
+    const A dx = x[k] - pixel.x, dy = y[k] - pixel.y;
+    const A sigma = A(0.5) * (a[k] * dx * dx + c[k] * dy * dy) + b[k] * dx * dy;
+    const A most = opacity[k] * std::exp(-sigma);
+    return sigma >= 0 && most >= scene.min_alpha ? (most < scene.max_alpha ? most : scene.max_alpha)
+                                                 : A(0);
+  }
+};
+
+// Along the list of a pixel.
+template <class A>
+struct Passing {
+  A transmittance = 1;
+  bool ended;
+
+  // The part of this alpha that counts: all, or nothing where the pixel has ended.
+  __device__ A meet(A alpha, A ending) {
+    const A after = transmittance * (1 - alpha);
+    ended = ended || !(after > ending);
+    if (ended) return 0;
+    transmittance = after;
+    return alpha;
+  }
+};
+
+template <int kChannels, class T>
+__global__ void __launch_bounds__(kBlock)
+    composite_tiles_fwd_kernel(Scene<T> scene,
+                               accumulator<T>* __restrict__ image,    // [I, H, W, D]
+                               accumulator<T>* __restrict__ opacity,  // [I, H, W]
+                               accumulator<T>* __restrict__ depth) {  // [I, H, W]
+  using A = accumulator<T>;
+  __shared__ Batch<T> batch;
+  const int64_t C = scene.channels(), chunks = max((C + kChannels - 1) / kChannels, int64_t{1});
+  const int64_t t = blockIdx.x / chunks, first_channel = blockIdx.x % chunks * kChannels;
+  const List list(scene, t);
+  const Pixel<T> pixel(scene, t);
+  Passing<A> passing{1, !pixel.exists};
+  A sum[kChannels] = {}, met = 0;
+  for (int64_t first = 0; first < list.n; first += kBatch) {
+    if (__syncthreads_and(passing.ended)) break;
+    batch.load(scene, list.begin + first, list.n - first);
+    __syncthreads();
+    for (int k = 0; k < kBatch && !passing.ended; ++k) {
+      const A before = passing.transmittance;
+      const A weight = passing.meet(batch.alpha(scene, k, pixel), scene.ending) * before;
+      if (weight == 0) continue;
+      met += weight;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (first_channel + c < C) {
+          sum[c] += weight * channel_of(scene, batch.id[k], first_channel + c);
+        }
+      }
+    }
+  }
+  if (!pixel.exists) return;
+  const A* const background = scene.background_at(pixel.image, pixel.index);
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    const int64_t d = first_channel + c;
+    if (d < scene.D) {
+      const A behind = background ? passing.transmittance * background[d] : A(0);
+      image[pixel.index * scene.D + d] = sum[c] + behind;
+    } else if (d < C) {
+      depth[pixel.index] = met > 0 ? sum[c] / met : A(0);
+    }
+  }
+  if (first_channel > 0) return;
+  opacity[pixel.index] = met;
+  if (!scene.depths) depth[pixel.index] = 0;
+}
+
+// Sums over the block, of the splats of a batch: every warp adds up its own, and leaves them here.
+template <class A>
+struct Exchange {
+  A sum[kWarps][kBatch][kExchanged];
+
+  __device__ void put(int k, int value, A x, bool any) {
+    // most warps have nothing of most splats
+    if (any) {
+#pragma unroll
+      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+    }
+    if (threadIdx.x % kWarp == 0) sum[threadIdx.x / kWarp][k][value] = x;
+  }
+  // Values first.. of the splats, `count` of each, to rows of `width`.
+  __device__ void write(A* rows, int64_t splats, int64_t width, int64_t first, int64_t count) {
+    __syncthreads();
+    const int k = threadIdx.x / kExchanged, value = threadIdx.x % kExchanged;
+    if (k < min(splats, int64_t{kBatch}) && value < count) {
+      A total = 0;
+      for (int w = 0; w < kWarps; ++w) total += sum[w][k][value];
+      rows[k * width + first + value] = total;
+    }
+    __syncthreads();
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    composite_tiles_bwd_kernel(Scene<T> scene, Incoming<accumulator<T>> d,
+                               accumulator<T>* kept,            // [M / kBatch + tiles, kBlock]
+                               accumulator<T>* partial,         // [M, kMoments + C]
+                               accumulator<T>* of_tiles,        // [tiles, D] or null
+                               accumulator<T>* d_background) {  // [I, H, W, D] or null
+  using A = accumulator<T>;
+  __shared__ Batch<T> batch;
+  __shared__ Exchange<A> exchange;
+  const int64_t C = scene.channels(), D = scene.D, width = kMoments + C, t = blockIdx.x;
+  const List list(scene, t);
+  const Pixel<T> pixel(scene, t);
+  kept += (list.begin / kBatch + t) * kBlock + threadIdx.x;
+  partial += list.begin * width;
+  const bool far = scene.depths && d.depth;
+
+  Passing<A> passing{1, !pixel.exists};
+  A met = 0, distance = 0;
+  int64_t batches = 0;
+  for (; batches * kBatch < list.n; ++batches) {
+    if (__syncthreads_and(passing.ended)) break;
+    const int64_t first = batches * kBatch;
+    batch.load(scene, list.begin + first, list.n - first);
+    kept[batches * kBlock] = passing.ended ? A(-1) : passing.transmittance;
+    __syncthreads();
+    for (int k = 0; k < kBatch && !passing.ended; ++k) {
+      const A before = passing.transmittance;
+      const A weight = passing.meet(batch.alpha(scene, k, pixel), scene.ending) * before;
+      met += weight;
+      if (far && weight > 0) distance += weight * scene.depths[batch.id[k]];
+    }
+  }
+  for (int64_t i = batches * kBatch * width + threadIdx.x; i < list.listed * width; i += kBlock) {
+    partial[i] = 0;
+  }
+
+  const A* const d_image = d.image && pixel.exists ? d.image + pixel.index * D : nullptr;
+  const A* const background = scene.background_at(pixel.image, pixel.index);
+  // u of the last splat
+  A behind = d.opacity && pixel.exists ? -d.opacity[pixel.index] : A(0), d_distance = 0;
+  if (far && pixel.exists && met > 0) {
+    d_distance = d.depth[pixel.index] / met;
+    behind += d_distance * (distance / met);
+  }
+  for (int64_t c = 0; d_image && background && c < D; ++c) behind += background[c] * d_image[c];
+  if (d_background && d_image) {
+    for (int64_t c = 0; c < D; ++c) {
+      d_background[pixel.index * D + c] = passing.transmittance * d_image[c];
+    }
+  }
+  for (int64_t c = 0; of_tiles && c < D; c += kExchanged) {
+    __syncthreads();
+    for (int i = 0; i < kExchanged; ++i) {
+      const A d_c = d_image && c + i < D ? passing.transmittance * d_image[c + i] : A(0);
+      exchange.put(0, i, d_c, true);
+    }
+    exchange.write(of_tiles + t * D, 1, 0, c, min(D - c, int64_t{kExchanged}));
+  }
+  const auto d_channel = [&](int64_t c) {
+    return c == D ? d_distance : d_image ? d_image[c] : A(0);
+  };
+
+  while (batches-- > 0) {
+    const int64_t first = batches * kBatch;
+    __syncthreads();
+    batch.load(scene, list.begin + first, list.n - first);
+    __syncthreads();
+    const A start = kept[batches * kBlock];
+    Passing<A> again{start, start < 0};
+    A alpha[kBatch], weight[kBatch], shade[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const A before = again.transmittance;
+      alpha[k] = again.ended ? A(0) : again.meet(batch.alpha(scene, k, pixel), scene.ending);
+      weight[k] = alpha[k] * before;
+      shade[k] = 0;
+    }
+    for (int64_t c = 0; c < C; ++c) {
+      const A g = d_channel(c);
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) shade[k] += channel_of(scene, batch.id[k], c) * g;
+    }
+    unsigned any = 0;
+#pragma unroll
+    for (int k = kBatch - 1; k >= 0; --k) {
+      const A excess = shade[k] - behind;
+      behind += alpha[k] > 0 ? alpha[k] * excess : A(0);
+      shade[k] = weight[k] > 0 && alpha[k] < scene.max_alpha ? weight[k] * excess : A(0);
+      any |= unsigned{__any_sync(kAllLanes, weight[k] > 0) != 0} << k;
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const A dx = batch.x[k] - pixel.x, dy = batch.y[k] - pixel.y, h = shade[k];
+      const bool here = any >> k & 1;
+      exchange.put(k, 0, h, here);
+      exchange.put(k, 1, h * dx, here);
+      exchange.put(k, 2, h * dx * dx, here);
+      exchange.put(k, 3, h * dy, here);
+      exchange.put(k, 4, h * dx * dy, here);
+      exchange.put(k, 5, h * dy * dy, here);
+    }
+    A* const rows = partial + first * width;
+    exchange.write(rows, list.n - first, width, 0, kMoments);
+    for (int64_t c = 0; c < C; c += kExchanged) {
+      const int64_t count = min(C - c, int64_t{kExchanged});
+      for (int i = 0; i < count; ++i) {
+        const A g = d_channel(c + i);
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) exchange.put(k, i, weight[k] * g, any >> k & 1);
+      }
+      exchange.write(rows, list.n - first, width, kMoments + c, count);
+    }
+  }
+}
+
+// The first place in sorted ids of one that is not less than p.
+__device__ inline int64_t lower_bound(const int64_t* ids, int64_t M, int64_t p) {
+  int64_t begin = 0, end = M;
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (ids[middle] < p) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+// A warp owns a splat, and adds up what its tiles have of it in the order of the tiles.
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    composite_tiles_bwd_splats_kernel(Scene<T> scene,
+                                      const int64_t* __restrict__ sorted,          // [M]
+                                      const int64_t* __restrict__ places,          // [M]
+                                      const accumulator<T>* __restrict__ partial,  // [M, width]
+                                      Outgoing<T> out) {
+  using A = accumulator<T>;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t p = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
+  if (p >= scene.P) return;
+  const int64_t D = scene.D, width = kMoments + scene.channels();
+  const int64_t begin = lower_bound(sorted, scene.M, p), end = lower_bound(sorted, scene.M, p + 1);
+  for (int64_t first = 0; first < width; first += kWarp) {
+    const int64_t v = first + lane;
+    A sum = 0;
+    for (int64_t k = begin; v < width && k < end; ++k) sum += partial[places[k] * width + v];
+    if (first == 0) {
+      A moment[kMoments];
+#pragma unroll
+      for (int i = 0; i < kMoments; ++i) moment[i] = __shfl_sync(kAllLanes, sum, i);
+      if (lane == 0) {
+        out.write(scene, p, begin < end, moment[0], moment[1], moment[2], moment[3], moment[4],
+                  moment[5]);
+      }
+    }
+    const int64_t c = v - kMoments;
+    if (c >= 0 && c < D && out.colors) out.colors[p * D + c] = narrow<T>(sum);
+    if (c == D && v < width && out.depths) out.depths[p] = sum;
+  }
+}
+
+// A thread owns a channel of the background of an image.
+template <class T>
+__global__ void __launch_bounds__(kBlock) composite_tiles_bwd_background_kernel(
+    Scene<T> scene,
+    const accumulator<T>* __restrict__ of_tiles,  // [tiles, D]
+    accumulator<T>* __restrict__ d_background) {  // [I, D]
+  using A = accumulator<T>;
+  const int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x, D = scene.D;
+  if (i >= scene.I * D) return;
+  const int64_t tiles = scene.Y * scene.X;
+  A sum = 0;
+  for (int64_t t = 0; t < tiles; ++t) sum += of_tiles[(i / D * tiles + t) * D + i % D];
+  d_background[i] = sum;
+}
+
+}  // namespace
+}  // namespace rayfuse
+
+#include "registration.h"
+#include "../tiles.h"
+
+#include <array>
+
+namespace rayfuse {
+namespace {
+
+// Sorted values and where they were, those that are equal in their order.
+std::array<Tensor, 2> sort(const Tensor& x) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(x), from(std::optional<bool>(true)), from(int64_t{0}),
+                                    from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  using torch::stable::detail::to;
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+void zero(Tensor x) {
+  if (x.numel()) torch::stable::zero_(x);
+}
+
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& conics,
+                                       const Tensor& colors, const Tensor& opacities,
+                                       const Tensor& tile_offsets, const Tensor& flatten_ids,
+                                       const MaybeTensor& depths, const MaybeTensor& background,
+                                       const MaybeTensor& masks, int64_t image_width,
+                                       int64_t image_height, int64_t tile_size, double max_alpha,
+                                       double min_alpha, double min_transmittance,
+                                       double pixel_center, bool stop_at_min) {
+  const Device device(means2d);
+  const TileCall call{means2d,      conics,     colors,     opacities, tile_offsets,
+                      flatten_ids,  depths,     background, masks,     image_width,
+                      image_height, tile_size,  max_alpha,  min_alpha, min_transmittance,
+                      pixel_center, stop_at_min};
+  const TileOutputs out(call);
+  dispatch(colors, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    const auto scene = call.scene<T>();
+    const auto start = [&]<int kChannels>(std::integral_constant<int, kChannels>) {
+      const int64_t chunks = std::max<int64_t>((scene.channels() + kChannels - 1) / kChannels, 1);
+      launch({scene.tiles() * chunks, kBlock, 0, device.stream()},
+             composite_tiles_fwd_kernel<kChannels, T>, scene, mutable_data<A>(out.image),
+             mutable_data<A>(out.alpha), mutable_data<A>(out.depth));
+    };
+    if (scene.channels() <= 4) {
+      start(std::integral_constant<int, 4>());
+    } else {
+      start(std::integral_constant<int, 32>());
+    }
+  });
+  return {out.image, out.alpha, out.depth};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+    const MaybeTensor& d_image, const MaybeTensor& d_alpha, const MaybeTensor& d_depth,
+    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
+    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
+    const MaybeTensor& background, const MaybeTensor& masks, int64_t image_width,
+    int64_t image_height, int64_t tile_size, double max_alpha, double min_alpha,
+    double min_transmittance, double pixel_center, bool stop_at_min, int64_t needs) {
+  const Device device(means2d);
+  const TileCall call{means2d,      conics,     colors,     opacities, tile_offsets,
+                      flatten_ids,  depths,     background, masks,     image_width,
+                      image_height, tile_size,  max_alpha,  min_alpha, min_transmittance,
+                      pixel_center, stop_at_min};
+  const TileGradients d(call, needs);
+  if (d.background.numel() && !d_image) zero(d.background);
+  const auto [sorted, places] = sort(flatten_ids);
+  dispatch(colors, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    const auto scene = call.scene<T>();
+    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
+    const int64_t tiles = scene.tiles(), ID = scene.I * scene.D;
+    const Tensor kept = empty(means2d, {scene.M / kBatch + tiles, kBlock}, dtype_of(means2d));
+    A* const partial = mutable_data<A>(d.partial);
+    A* const of_tiles = mutable_data<A>(d.background_of_tiles);
+    A* const d_background = mutable_data<A>(d.background);
+    launch({tiles, kBlock, 0, device.stream()}, composite_tiles_bwd_kernel<T>, scene, d_outputs,
+           mutable_data<A>(kept), partial, of_tiles, of_tiles ? nullptr : d_background);
+    launch({(scene.P + kWarps - 1) / kWarps, kBlock, 0, device.stream()},
+           composite_tiles_bwd_splats_kernel<T>, scene, data<int64_t>(sorted),
+           data<int64_t>(places), partial, d.outgoing<T>());
+    if (of_tiles) {
+      launch({(ID + kBlock - 1) / kBlock, kBlock, 0, device.stream()},
+             composite_tiles_bwd_background_kernel<T>, scene, of_tiles, d_background);
+    }
+  });
+  return d.tensors();
+}
+
+}  // namespace
+
+RAYFUSE_REGISTER(m) {
+  m.impl("composite_tiles", TORCH_BOX(&fwd));
+  m.impl("composite_tiles_bwd", TORCH_BOX(&bwd));
+}
+
+}  // namespace rayfuse

@@ -1,0 +1,450 @@
+# Tile compositing, the formulas of csrc/cpu/composite_tiles.cpp: w_i = alpha_i T_i, T_{i+1} = T_i
+# (1 - alpha_i); image = sum_i w_i c_i + T bg, alpha = sum_i w_i, depth = sum_i w_i z_i / alpha.
+# A program owns a tile, and goes along its list a splat at a time with all pixels of the tile.
+# Forward: a program for every BLOCK_C channels. Backward: once forward for T, kept every KEPT
+# splats, once back with u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} =
+# u_i + alpha_i (<c_i, g> - u_i); sums of a splat meet in the order of tiles. docs/splats.md
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import empty_gradient
+
+_MOMENTS = 6
+_KEPT = 16
+_MOST_CHANNELS = 32
+
+
+@triton.jit
+def _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS: tl.constexpr):
+    """Where the list of a tile begins, how long it is, and how many of it the tile has; within
+    flatten_ids whatever the offsets."""
+    begin = tl.minimum(tl.maximum(tl.load(offsets_ptr + t), 0), M)
+    end = tl.load(offsets_ptr + tl.minimum(t + 1, TILES - 1))
+    end = tl.minimum(tl.where(t + 1 < TILES, end, M), M)
+    listed = tl.maximum(end - begin, 0)
+    n = listed
+    if HAS_MASKS:
+        n = tl.where(tl.load(masks_ptr + t) != 0, listed, 0)
+    return begin, listed, n
+
+
+@triton.jit
+def _pixels(t, Y, X, H, W, SIZE: tl.constexpr, PIXELS: tl.constexpr):
+    """Image, index, column, row and existence of a tile's pixels."""
+    image = t // (Y * X)
+    tile = t % (Y * X)
+    rank = tl.arange(0, PIXELS)
+    column = tile % X * SIZE + rank % SIZE
+    row = tile // X * SIZE + rank // SIZE
+    exists = (rank < SIZE * SIZE) & (column < W) & (row < H)
+    return image, (image * H + row) * W + column, column, row, exists
+
+
+@triton.jit
+def _is_finite(x):
+    return x * 0 == 0
+
+
+@triton.jit
+def _channels(colors_ptr, depths_ptr, g, c, D, HAS_DEPTHS: tl.constexpr, A: tl.constexpr):
+    """Channels c of a splat, the depth behind its colours."""
+    value = tl.load(colors_ptr + g * D + c, mask=c < D, other=0.0).to(A)
+    if HAS_DEPTHS:
+        value += tl.where(c == D, tl.load(depths_ptr + g), 0.0)
+    return value
+
+
+@triton.jit
+def _alpha(
+    means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha, max_alpha,
+    HAS_DEPTHS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """alpha of a splat at all pixels, 0 where it is passed over; and dx, dy."""
+    A: tl.constexpr = means_ptr.dtype.element_ty
+    mean_x, mean_y = tl.load(means_ptr + 2 * g), tl.load(means_ptr + 2 * g + 1)
+    a, b = tl.load(conics_ptr + 3 * g), tl.load(conics_ptr + 3 * g + 1)
+    c, opacity = tl.load(conics_ptr + 3 * g + 2), tl.load(opacities_ptr + g)
+    # what is not finite, times 0, is NaN
+    nothing = 0 * (mean_x + mean_y + a + b + c + opacity)
+    for first in range(0, D + HAS_DEPTHS, BLOCK_C):
+        at = first + tl.arange(0, BLOCK_C)
+        nothing += tl.sum(0 * _channels(colors_ptr, depths_ptr, g, at, D, HAS_DEPTHS, A), 0)
+    finite = nothing == 0
+    opacity = tl.where(finite, opacity, 0.0)
+    dx, dy = tl.where(finite, mean_x, 0.0) - x, tl.where(finite, mean_y, 0.0) - y
+    a, b, c = tl.where(finite, a, 0.0), tl.where(finite, b, 0.0), tl.where(finite, c, 0.0)
+    sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
+    most = opacity * tl.exp(-tl.maximum(sigma, 0.0))
+    seen = (sigma >= 0) & (most >= min_alpha)
+    return tl.where(seen, tl.minimum(most, max_alpha), 0.0), dx, dy
+
+
+@triton.jit
+def composite_tiles_fwd_kernel(
+    image_ptr,  # [I, H, W, D]
+    opacity_ptr,  # [I, H, W]
+    depth_ptr,  # [I, H, W]
+    constants_ptr,  # [5]
+    means_ptr,  # [P, 2]
+    conics_ptr,  # [P, 3]
+    colors_ptr,  # [P, D]
+    opacities_ptr,  # [P]
+    offsets_ptr,  # [I, Y, X]
+    ids_ptr,  # [M]
+    depths_ptr,  # [P]
+    background_ptr,  # [I, D], [I, H, W, D]
+    masks_ptr,  # [I, Y, X]
+    P, D, Y, X, M, H, W, TILES,
+    SIZE: tl.constexpr, HAS_DEPTHS: tl.constexpr, HAS_MASKS: tl.constexpr,
+    BACKGROUND: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    A: tl.constexpr = means_ptr.dtype.element_ty
+    t = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    max_alpha, min_alpha = tl.load(constants_ptr), tl.load(constants_ptr + 1)
+    center, ending = tl.load(constants_ptr + 2), tl.load(constants_ptr + 3)
+    begin, _, n = _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS)
+    image, pixel, column, row, exists = _pixels(t, Y, X, H, W, SIZE, PIXELS)
+    x, y = column.to(A) + center, row.to(A) + center
+    passing = tl.full((PIXELS,), 1.0, A)
+    met = tl.zeros((PIXELS,), A)
+    live = exists
+    total = tl.zeros((PIXELS, BLOCK_C), A)
+    i = tl.zeros((), tl.int64)
+    going = n > 0
+    while going:
+        g = tl.minimum(tl.maximum(tl.load(ids_ptr + begin + i), 0), P - 1)
+        alpha, _, _ = _alpha(
+            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha,
+            max_alpha, HAS_DEPTHS, BLOCK_C,
+        )  # fmt: skip
+        after = passing * (1 - alpha)
+        live = live & (after > ending)
+        weight = tl.where(live, alpha * passing, 0.0)
+        passing = tl.where(live, after, passing)
+        met += weight
+        color = _channels(colors_ptr, depths_ptr, g, channel, D, HAS_DEPTHS, A)
+        total += weight[:, None] * tl.where(_is_finite(color), color, 0.0)[None, :]
+        i += 1
+        going = (i < n) & (tl.max(live.to(tl.int32), 0) > 0)
+    if HAS_DEPTHS:
+        mean = total / tl.where(met > 0, met, 1.0)[:, None]
+        stored = exists[:, None] & (channel == D)[None, :]
+        tl.store(depth_ptr + pixel[:, None] + 0 * channel[None, :], mean, mask=stored)
+    colored = exists[:, None] & (channel < D)[None, :]
+    if BACKGROUND != "none":
+        owner = pixel if BACKGROUND == "pixels" else image + 0 * pixel
+        at = owner[:, None] * D + channel[None, :]
+        total += passing[:, None] * tl.load(background_ptr + at, mask=colored, other=0.0)
+    tl.store(image_ptr + pixel[:, None] * D + channel[None, :], total, mask=colored)
+    if tl.program_id(1) == 0:
+        tl.store(opacity_ptr + pixel, met, mask=exists)
+        if not HAS_DEPTHS:
+            tl.store(depth_ptr + pixel, tl.zeros((PIXELS,), A), mask=exists)
+
+
+@triton.jit
+def composite_tiles_bwd_kernel(
+    partial_ptr,  # [M, 6 + C]
+    kept_ptr,  # [M // KEPT + tiles, PIXELS]
+    of_tiles_ptr,  # [tiles, D]
+    d_background_ptr,  # [I, H, W, D]
+    d_image_ptr,  # [I, H, W, D]
+    d_opacity_ptr,  # [I, H, W]
+    d_depth_ptr,  # [I, H, W]
+    constants_ptr,  # [5]
+    means_ptr,  # [P, 2]
+    conics_ptr,  # [P, 3]
+    colors_ptr,  # [P, D]
+    opacities_ptr,  # [P]
+    offsets_ptr,  # [I, Y, X]
+    ids_ptr,  # [M]
+    depths_ptr,  # [P]
+    background_ptr,  # [I, D], [I, H, W, D]
+    masks_ptr,  # [I, Y, X]
+    P, D, Y, X, M, H, W, TILES,
+    SIZE: tl.constexpr, HAS_DEPTHS: tl.constexpr, HAS_MASKS: tl.constexpr,
+    BACKGROUND: tl.constexpr, NEEDS_D_BACKGROUND: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    A: tl.constexpr = means_ptr.dtype.element_ty
+    t = tl.program_id(0).to(tl.int64)
+    max_alpha, min_alpha = tl.load(constants_ptr), tl.load(constants_ptr + 1)
+    center, ending = tl.load(constants_ptr + 2), tl.load(constants_ptr + 3)
+    begin, listed, n = _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS)
+    image, pixel, column, row, exists = _pixels(t, Y, X, H, W, SIZE, PIXELS)
+    x, y = column.to(A) + center, row.to(A) + center
+    C = D + HAS_DEPTHS
+    width = 6 + C
+    kept_ptr += (begin // KEPT + t) * PIXELS + tl.arange(0, PIXELS)
+    partial_ptr += begin * width
+
+    passing = tl.full((PIXELS,), 1.0, A)
+    met = tl.zeros((PIXELS,), A)
+    distance = tl.zeros((PIXELS,), A)
+    live = exists
+    # how many splats a pixel met before it ended, and T before an alpha of 1
+    last = tl.zeros((PIXELS,), tl.int64)
+    before_wall = tl.zeros((PIXELS,), A)
+    i = tl.zeros((), tl.int64)
+    going = n > 0
+    while going:
+        if i % KEPT == 0:
+            tl.store(kept_ptr + i // KEPT * PIXELS, passing)
+        g = tl.minimum(tl.maximum(tl.load(ids_ptr + begin + i), 0), P - 1)
+        alpha, _, _ = _alpha(
+            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha,
+            max_alpha, HAS_DEPTHS, BLOCK_C,
+        )  # fmt: skip
+        after = passing * (1 - alpha)
+        live = live & (after > ending)
+        weight = tl.where(live, alpha * passing, 0.0)
+        before_wall = tl.where(live & (after == 0) & (passing > 0), passing, before_wall)
+        passing = tl.where(live, after, passing)
+        met += weight
+        if HAS_DEPTHS:
+            distance += tl.where(weight > 0, weight * tl.load(depths_ptr + g), 0.0)
+        i += 1
+        last = tl.where(live, i, last)
+        going = (i < n) & (tl.max(live.to(tl.int32), 0) > 0)
+
+    behind = -tl.load(d_opacity_ptr + pixel, mask=exists, other=0.0)
+    d_distance = tl.zeros((PIXELS,), A)
+    if HAS_DEPTHS:
+        d_depth = tl.load(d_depth_ptr + pixel, mask=exists & (met > 0), other=0.0)
+        d_distance = d_depth / tl.where(met > 0, met, 1.0)
+        behind += d_distance * (distance / tl.where(met > 0, met, 1.0))
+    if BACKGROUND != "none":
+        owner = pixel if BACKGROUND == "pixels" else image + 0 * pixel
+        for first in range(0, D, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            colored = exists[:, None] & (c < D)[None, :]
+            at = pixel[:, None] * D + c[None, :]
+            d_image = tl.load(d_image_ptr + at, mask=colored, other=0.0)
+            of_owner = owner[:, None] * D + c[None, :]
+            background = tl.load(background_ptr + of_owner, mask=colored, other=0.0)
+            behind += tl.sum(background * d_image, 1)
+            if NEEDS_D_BACKGROUND:
+                own = passing[:, None] * d_image
+                if BACKGROUND == "pixels":
+                    tl.store(d_background_ptr + at, own, mask=colored)
+                else:
+                    tl.store(of_tiles_ptr + t * D + c, tl.sum(own, 0), mask=c < D)
+
+    # nothing came to what follows the last splat that was met
+    for place in range(i, listed):
+        for first in range(0, width, BLOCK_C):
+            v = first + tl.arange(0, BLOCK_C)
+            zeros = tl.zeros((BLOCK_C,), A)
+            tl.store(partial_ptr + tl.cast(place, tl.int64) * width + v, zeros, mask=v < width)
+    tl.debug_barrier()
+    while i > 0:
+        i -= 1
+        g = tl.minimum(tl.maximum(tl.load(ids_ptr + begin + i), 0), P - 1)
+        alpha, dx, dy = _alpha(
+            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha,
+            max_alpha, HAS_DEPTHS, BLOCK_C,
+        )  # fmt: skip
+        alpha = tl.where(i < last, alpha, 0.0)
+        past = tl.where(alpha < 1, passing / (1 - tl.where(alpha < 1, alpha, 0.0)), before_wall)
+        if i % KEPT == 0:
+            past = tl.load(kept_ptr + i // KEPT * PIXELS)
+        passing = past
+        # an alpha of 1 that is not the first one has nothing before it
+        before_wall = tl.where(alpha < 1, before_wall, 0.0)
+        weight = alpha * passing
+        shade = tl.zeros((PIXELS,), A)
+        for first in range(0, C, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            d_color = _d_channels(d_image_ptr, d_distance, pixel, exists, c, D, HAS_DEPTHS)
+            color = _channels(colors_ptr, depths_ptr, g, c, D, HAS_DEPTHS, A)
+            color = tl.where(_is_finite(color), color, 0.0)
+            shade += tl.sum(color[None, :] * d_color, 1)
+            d_sum = tl.sum(weight[:, None] * d_color, 0)
+            tl.store(partial_ptr + i * width + 6 + c, d_sum, mask=c < C)
+        excess = shade - behind
+        behind += alpha * excess
+        h = tl.where(alpha < max_alpha, weight * excess, 0.0)
+        row_ptr = partial_ptr + i * width
+        tl.store(row_ptr, tl.sum(h, 0))
+        tl.store(row_ptr + 1, tl.sum(h * dx, 0))
+        tl.store(row_ptr + 2, tl.sum(h * dx * dx, 0))
+        tl.store(row_ptr + 3, tl.sum(h * dy, 0))
+        tl.store(row_ptr + 4, tl.sum(h * dx * dy, 0))
+        tl.store(row_ptr + 5, tl.sum(h * dy * dy, 0))
+
+
+@triton.jit
+def _d_channels(d_image_ptr, d_distance, pixel, exists, c, D, HAS_DEPTHS: tl.constexpr):
+    """Gradients of the sums of channels c, [pixels, channels]."""
+    colored = exists[:, None] & (c < D)[None, :]
+    d_color = tl.load(d_image_ptr + pixel[:, None] * D + c[None, :], mask=colored, other=0.0)
+    if HAS_DEPTHS:
+        d_color += tl.where((c == D)[None, :], d_distance[:, None], 0.0)
+    return d_color
+
+
+@triton.jit
+def composite_tiles_bwd_splats_kernel(
+    sums_ptr,  # [P, 6 + C]
+    starts_ptr,  # [P+1]
+    places_ptr,  # [M]
+    partial_ptr,  # [M, 6 + C]
+    width,
+    BLOCK: tl.constexpr,
+):
+    A: tl.constexpr = sums_ptr.dtype.element_ty
+    p = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), A)
+    for k in range(tl.load(starts_ptr + p), tl.load(starts_ptr + p + 1)):
+        place = tl.load(places_ptr + k)
+        total += tl.load(partial_ptr + place * width + v, mask=v < width, other=0.0)
+    tl.store(sums_ptr + p * width + v, total, mask=v < width)
+
+
+class _Launch:
+    """What both directions are started with."""
+
+    def __init__(
+        self,
+        means2d: Tensor,
+        conics: Tensor,
+        colors: Tensor,
+        opacities: Tensor,
+        tile_offsets: Tensor,
+        flatten_ids: Tensor,
+        depths: Tensor | None,
+        background: Tensor | None,
+        masks: Tensor | None,
+        width: int,
+        height: int,
+        size: int,
+        max_alpha: float,
+        min_alpha: float,
+        min_transmittance: float,
+        center: float,
+        stop_at_min: bool,
+    ) -> None:
+        self.images, Y, X = tile_offsets.shape
+        self.tiles, self.D = tile_offsets.numel(), colors.shape[1]
+        self.C = self.D + (depths is not None)
+        least = torch.tensor(min_transmittance, dtype=means2d.dtype)
+        if not stop_at_min:
+            least = torch.nextafter(least, least.new_tensor(-1.0))
+        values = [max_alpha, min_alpha, center, least.item()]
+        # absent tensors are never read
+        self.arguments = (
+            torch.tensor(values, dtype=means2d.dtype, device=means2d.device),
+            means2d,
+            conics,
+            colors,
+            opacities,
+            tile_offsets,
+            flatten_ids,
+            means2d if depths is None else depths,
+            means2d if background is None else background,
+            tile_offsets if masks is None else masks,
+            len(means2d),
+            self.D,
+            Y,
+            X,
+            len(flatten_ids) if self.tiles else 0,
+            height,
+            width,
+            self.tiles,
+        )
+        self.pixels = triton.next_power_of_2(size * size)
+        block_c = min(triton.next_power_of_2(max(self.C, 1)), _MOST_CHANNELS)
+        self.chunks = max(triton.cdiv(self.C, block_c), 1)
+        of_images = background is not None and len(background) == self.images
+        self.background = "none" if background is None else "images" if of_images else "pixels"
+        self.options: dict[str, Any] = {
+            "SIZE": size,
+            "HAS_DEPTHS": depths is not None,
+            "HAS_MASKS": masks is not None,
+            "BACKGROUND": self.background,
+            "PIXELS": self.pixels,
+            "BLOCK_C": block_c,
+            "num_warps": min(max(self.pixels // 32, 1), 8),
+            "enable_fp_fusion": True,
+        }
+
+    def outputs(self, means2d: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+        shape = self.images, height, width
+        return tuple(means2d.new_empty(x) for x in ((*shape, self.D), shape, shape))
+
+
+def fwd(means2d: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    launch = _Launch(means2d, *args)
+    width, height = args[8:10]
+    outputs = launch.outputs(means2d, height, width)
+    if launch.tiles:
+        grid = launch.tiles, launch.chunks
+        composite_tiles_fwd_kernel[grid](*outputs, *launch.arguments, **launch.options)
+    return outputs
+
+
+def bwd(
+    d_image: Tensor | None,
+    d_opacity: Tensor | None,
+    d_depth: Tensor | None,
+    means2d: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *args, needs = rest
+    conics, colors, opacities, _, flatten_ids, depths, background = args[:7]
+    launch = _Launch(means2d, *args)
+    width, height = args[8:10]
+    P, M, W = len(means2d), len(flatten_ids), _MOMENTS + launch.C
+    shapes = launch.outputs(means2d.to("meta"), height, width)
+    d_outputs = [
+        means2d.new_zeros(like.shape) if d_y is None else d_y
+        for d_y, like in zip((d_image, d_opacity, d_depth), shapes, strict=True)
+    ]
+    partial = means2d.new_empty(M, W)
+    of_images = launch.background == "images"
+    of_tiles = means2d.new_empty(launch.tiles if of_images else 0, launch.D)
+    absent = means2d.new_empty(0)
+    d_background = absent
+    if background is not None:
+        d_background = empty_gradient(background, needs, 5)
+    if launch.tiles:
+        composite_tiles_bwd_kernel[(launch.tiles,)](
+            partial,
+            means2d.new_empty(M // _KEPT + launch.tiles, launch.pixels),
+            of_tiles,
+            d_background,
+            *d_outputs,
+            *launch.arguments,
+            NEEDS_D_BACKGROUND=bool(needs & 32) and background is not None,
+            KEPT=_KEPT,
+            **launch.options,
+        )
+    if of_images and needs & 32:
+        d_background = of_tiles.view(launch.images, -1, launch.D).sum(1)
+    ids, places = flatten_ids.sort(stable=True)
+    starts = torch.searchsorted(ids, torch.arange(P + 1, device=ids.device))
+    sums = means2d.new_empty(P, W)
+    if P:
+        block = triton.next_power_of_2(min(W, _MOST_CHANNELS))
+        grid = P, triton.cdiv(W, block)
+        composite_tiles_bwd_splats_kernel[grid](sums, starts, places, partial, W, BLOCK=block)
+    h, h_x, h_xx, h_y, h_xy, h_yy = sums[:, :_MOMENTS].unbind(1)
+    # the conic of a splat that no tile has may be anything
+    a, b, c = torch.where(conics.isfinite().all(1, keepdim=True), conics, 0).unbind(1)
+    grads = (
+        torch.stack([-(a * h_x + b * h_y), -(b * h_x + c * h_y)], 1),
+        torch.stack([-0.5 * h_xx, -h_xy, -0.5 * h_yy], 1),
+        sums[:, _MOMENTS : _MOMENTS + launch.D].to(colors.dtype),
+        torch.where(h != 0, h / opacities, 0),
+        absent if depths is None else sums[:, _MOMENTS + launch.D].contiguous(),
+    )
+    wanted = [x if needs >> i & 1 else x.new_empty(0) for i, x in enumerate(grads)]
+    return *(x.contiguous() for x in wanted), d_background
