@@ -15,6 +15,8 @@ namespace rayfuse {
 namespace {
 
 constexpr int kBatch = 16;
+// Threads that look at the channels of a splat together.
+constexpr int kTeam = 16;
 constexpr int kWarps = kBlock / kWarp;
 // Sums of a splat that warps exchange at a time.
 constexpr int kExchanged = 8;
@@ -70,39 +72,40 @@ struct Batch {
   A x[kBatch], y[kBatch], a[kBatch], b[kBatch], c[kBatch], opacity[kBatch];
   int64_t id[kBatch];
 
-  // All threads of the block, kBlock / kBatch for a splat.
+  // All threads of the block, kTeam for a splat.
   __device__ void load(const Scene<T>& scene, int64_t first, int64_t count) {
-    constexpr int kTeam = kBlock / kBatch;
-    const int k = threadIdx.x / kTeam, lane = threadIdx.x % kTeam;
-    const bool listed = k < count;
-    const int64_t own = listed ? splat_at(scene, first + k) : 0;
-    A own_x = 0, own_y = 0, own_a = 0, own_b = 0, own_c = 0, own_opacity = 0, nothing = 0;
-    if (listed) {
-      own_x = scene.means2d[2 * own];
-      own_y = scene.means2d[2 * own + 1];
-      own_a = scene.conics[3 * own];
-      own_b = scene.conics[3 * own + 1];
-      own_c = scene.conics[3 * own + 2];
-      own_opacity = scene.opacities[own];
-      // what is not finite, times 0, is NaN
-      nothing = 0 * (own_x + own_y + own_a + own_b + own_c + own_opacity);
-      for (int64_t d = lane; d < scene.channels(); d += kTeam) {
-        nothing += 0 * channel_of(scene, own, d);
+    const int lane = threadIdx.x % kTeam;
+    for (int k = threadIdx.x / kTeam; k < kBatch; k += blockDim.x / kTeam) {
+      const bool listed = k < count;
+      const int64_t own = listed ? splat_at(scene, first + k) : 0;
+      A own_x = 0, own_y = 0, own_a = 0, own_b = 0, own_c = 0, own_opacity = 0, nothing = 0;
+      if (listed) {
+        own_x = scene.means2d[2 * own];
+        own_y = scene.means2d[2 * own + 1];
+        own_a = scene.conics[3 * own];
+        own_b = scene.conics[3 * own + 1];
+        own_c = scene.conics[3 * own + 2];
+        own_opacity = scene.opacities[own];
+        // what is not finite, times 0, is NaN
+        nothing = 0 * (own_x + own_y + own_a + own_b + own_c + own_opacity);
+        for (int64_t d = lane; d < scene.channels(); d += kTeam) {
+          nothing += 0 * channel_of(scene, own, d);
+        }
       }
-    }
 #pragma unroll
-    for (int lanes = kTeam / 2; lanes > 0; lanes /= 2) {
-      nothing += __shfl_xor_sync(kAllLanes, nothing, lanes);
+      for (int lanes = kTeam / 2; lanes > 0; lanes /= 2) {
+        nothing += __shfl_xor_sync(kAllLanes, nothing, lanes);
+      }
+      if (lane > 0) continue;
+      const bool seen = nothing == 0;
+      id[k] = own;
+      x[k] = seen ? own_x : A(0);
+      y[k] = seen ? own_y : A(0);
+      a[k] = seen ? own_a : A(0);
+      b[k] = seen ? own_b : A(0);
+      c[k] = seen ? own_c : A(0);
+      opacity[k] = seen ? own_opacity : A(0);
     }
-    if (lane > 0) return;
-    const bool seen = nothing == 0;
-    id[k] = own;
-    x[k] = seen ? own_x : A(0);
-    y[k] = seen ? own_y : A(0);
-    a[k] = seen ? own_a : A(0);
-    b[k] = seen ? own_b : A(0);
-    c[k] = seen ? own_c : A(0);
-    opacity[k] = seen ? own_opacity : A(0);
   }
 
   __device__ A alpha(const Scene<T>& scene, int k, const Pixel<T>& pixel) const {
@@ -194,10 +197,13 @@ struct Exchange {
   // Values first.. of the splats, `count` of each, to rows of `width`.
   __device__ void write(A* rows, int64_t splats, int64_t width, int64_t first, int64_t count) {
     __syncthreads();
-    const int k = threadIdx.x / kExchanged, value = threadIdx.x % kExchanged;
-    if (k < min(splats, int64_t{kBatch}) && value < count) {
+    const int warps = blockDim.x / kWarp;
+    const int found = static_cast<int>(min(splats, int64_t{kBatch})) * kExchanged;
+    for (int i = threadIdx.x; i < found; i += blockDim.x) {
+      const int k = i / kExchanged, value = i % kExchanged;
+      if (value >= count) continue;
       A total = 0;
-      for (int w = 0; w < kWarps; ++w) total += sum[w][k][value];
+      for (int w = 0; w < warps; ++w) total += sum[w][k][value];
       rows[k * width + first + value] = total;
     }
     __syncthreads();
@@ -207,7 +213,7 @@ struct Exchange {
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     composite_tiles_bwd_kernel(Scene<T> scene, Incoming<accumulator<T>> d,
-                               accumulator<T>* kept,            // [M / kBatch + tiles, kBlock]
+                               accumulator<T>* kept,            // [M / kBatch + tiles, threads]
                                accumulator<T>* partial,         // [M, kMoments + C]
                                accumulator<T>* of_tiles,        // [tiles, D] or null
                                accumulator<T>* d_background) {  // [I, H, W, D] or null
@@ -217,7 +223,7 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t C = scene.channels(), D = scene.D, width = kMoments + C, t = blockIdx.x;
   const List list(scene, t);
   const Pixel<T> pixel(scene, t);
-  kept += (list.begin / kBatch + t) * kBlock + threadIdx.x;
+  kept += (list.begin / kBatch + t) * blockDim.x + threadIdx.x;
   partial += list.begin * width;
   const bool far = scene.depths && d.depth;
 
@@ -228,7 +234,7 @@ __global__ void __launch_bounds__(kBlock)
     if (__syncthreads_and(passing.ended)) break;
     const int64_t first = batches * kBatch;
     batch.load(scene, list.begin + first, list.n - first);
-    kept[batches * kBlock] = passing.ended ? A(-1) : passing.transmittance;
+    kept[batches * blockDim.x] = passing.ended ? A(-1) : passing.transmittance;
     __syncthreads();
     for (int k = 0; k < kBatch && !passing.ended; ++k) {
       const A before = passing.transmittance;
@@ -237,7 +243,8 @@ __global__ void __launch_bounds__(kBlock)
       if (far && weight > 0) distance += weight * scene.depths[batch.id[k]];
     }
   }
-  for (int64_t i = batches * kBatch * width + threadIdx.x; i < list.listed * width; i += kBlock) {
+  for (int64_t i = batches * kBatch * width + threadIdx.x; i < list.listed * width;
+       i += blockDim.x) {
     partial[i] = 0;
   }
 
@@ -272,7 +279,7 @@ __global__ void __launch_bounds__(kBlock)
     __syncthreads();
     batch.load(scene, list.begin + first, list.n - first);
     __syncthreads();
-    const A start = kept[batches * kBlock];
+    const A start = kept[batches * blockDim.x];
     Passing<A> again{start, start < 0};
     A alpha[kBatch], weight[kBatch], shade[kBatch];
 #pragma unroll
@@ -408,6 +415,11 @@ void zero(Tensor x) {
   if (x.numel()) torch::stable::zero_(x);
 }
 
+// Whole warps for a tile.
+int threads_of(int64_t tile_size) {
+  return static_cast<int>((tile_size * tile_size + kWarp - 1) / kWarp * kWarp);
+}
+
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& conics,
                                        const Tensor& colors, const Tensor& opacities,
                                        const Tensor& tile_offsets, const Tensor& flatten_ids,
@@ -428,7 +440,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
     const auto scene = call.scene<T>();
     const auto start = [&]<int kChannels>(std::integral_constant<int, kChannels>) {
       const int64_t chunks = std::max<int64_t>((scene.channels() + kChannels - 1) / kChannels, 1);
-      launch({scene.tiles() * chunks, kBlock, 0, device.stream()},
+      launch({scene.tiles() * chunks, threads_of(tile_size), 0, device.stream()},
              composite_tiles_fwd_kernel<kChannels, T>, scene, mutable_data<A>(out.image),
              mutable_data<A>(out.alpha), mutable_data<A>(out.depth));
     };
@@ -462,11 +474,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const auto scene = call.scene<T>();
     const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
     const int64_t tiles = scene.tiles(), ID = scene.I * scene.D;
-    const Tensor kept = empty(means2d, {scene.M / kBatch + tiles, kBlock}, dtype_of(means2d));
+    const int threads = threads_of(tile_size);
+    const Tensor kept = empty(means2d, {scene.M / kBatch + tiles, threads}, dtype_of(means2d));
     A* const partial = mutable_data<A>(d.partial);
     A* const of_tiles = mutable_data<A>(d.background_of_tiles);
     A* const d_background = mutable_data<A>(d.background);
-    launch({tiles, kBlock, 0, device.stream()}, composite_tiles_bwd_kernel<T>, scene, d_outputs,
+    launch({tiles, threads, 0, device.stream()}, composite_tiles_bwd_kernel<T>, scene, d_outputs,
            mutable_data<A>(kept), partial, of_tiles, of_tiles ? nullptr : d_background);
     launch({(scene.P + kWarps - 1) / kWarps, kBlock, 0, device.stream()},
            composite_tiles_bwd_splats_kernel<T>, scene, data<int64_t>(sorted),
