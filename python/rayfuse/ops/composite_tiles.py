@@ -110,9 +110,9 @@ class TileOp(Op):
                 x = x.expand(*images, *x.shape)
             inner = len(array.dims) - 1
             if array.name in ("tile_offsets", "masks"):
-                inner, leads = 2, (images,)
+                inner, leads = 2, [images]
             else:
-                leads = (images, pixels) if array.name == "background" else (splats,)
+                leads = [images, pixels] if array.name == "background" else [splats]
             lead = x.shape[: x.dim() - inner]
             # one that does not fit is left for the check
             if array.name != "flatten_ids" and lead in leads:
