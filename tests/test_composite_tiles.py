@@ -81,10 +81,9 @@ class TestCompositeTiles(Contract):
 
     def raw(self, args, variant):
         """The arguments of the raw op."""
-        named = dict(zip(self.spec.inputs, args, strict=True)) | (variant or self.variants[0])
-        required = [x.name for x in self.spec.signature.inputs if not x.optional]
-        given = self.spec._positional([named.pop(name) for name in required], named)
-        return self.spec._encoded(given)
+        variant = {**(variant or self.variants[0])}
+        preset = rayfuse.TILE_PRESETS[variant.pop("preset", "gsplat15")]
+        return self.spec.raw_arguments(args, **{**preset, **variant})
 
     def d_outputs(self, args, variant=None, seed=1):
         _, sizes = self.spec.bind(self.raw(args, variant))

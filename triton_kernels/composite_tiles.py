@@ -109,7 +109,7 @@ def composite_tiles_fwd_kernel(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     max_alpha, min_alpha = tl.load(constants_ptr), tl.load(constants_ptr + 1)
     center, ending = tl.load(constants_ptr + 2), tl.load(constants_ptr + 3)
-    begin, _, n = _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS)
+    begin, _listed, n = _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS)
     image, pixel, column, row, exists = _pixels(t, Y, X, H, W, SIZE, PIXELS)
     x, y = column.to(A) + center, row.to(A) + center
     passing = tl.full((PIXELS,), 1.0, A)
@@ -120,7 +120,7 @@ def composite_tiles_fwd_kernel(
     going = n > 0
     while going:
         g = tl.minimum(tl.maximum(tl.load(ids_ptr + begin + i), 0), P - 1)
-        alpha, _, _ = _alpha(
+        alpha, _dx, _dy = _alpha(
             means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha,
             max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
@@ -198,7 +198,7 @@ def composite_tiles_bwd_kernel(
         if i % KEPT == 0:
             tl.store(kept_ptr + i // KEPT * PIXELS, passing)
         g = tl.minimum(tl.maximum(tl.load(ids_ptr + begin + i), 0), P - 1)
-        alpha, _, _ = _alpha(
+        alpha, _dx, _dy = _alpha(
             means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha,
             max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
@@ -333,7 +333,8 @@ class _Launch:
         stop_at_min: bool,
     ) -> None:
         self.images, Y, X = tile_offsets.shape
-        self.tiles, self.D = tile_offsets.numel(), colors.shape[1]
+        self.tiles_of_image, self.tiles = Y * X, tile_offsets.numel()
+        self.D = colors.shape[1]
         self.C = self.D + (depths is not None)
         least = torch.tensor(min_transmittance, dtype=means2d.dtype)
         if not stop_at_min:
@@ -361,7 +362,7 @@ class _Launch:
             self.tiles,
         )
         self.pixels = triton.next_power_of_2(size * size)
-        block_c = min(triton.next_power_of_2(max(self.C, 1)), _MOST_CHANNELS)
+        block_c = min(triton.next_power_of_2(max(self.C, 2)), _MOST_CHANNELS)
         self.chunks = max(triton.cdiv(self.C, block_c), 1)
         of_images = background is not None and len(background) == self.images
         self.background = "none" if background is None else "images" if of_images else "pixels"
@@ -373,6 +374,7 @@ class _Launch:
             "PIXELS": self.pixels,
             "BLOCK_C": block_c,
             "num_warps": min(max(self.pixels // 32, 1), 8),
+            # asked for, as the default changes between triton 3.9 and 3.10
             "enable_fp_fusion": True,
         }
 
@@ -428,14 +430,16 @@ def bwd(
             **launch.options,
         )
     if of_images and needs & 32:
-        d_background = of_tiles.view(launch.images, -1, launch.D).sum(1)
+        d_background = of_tiles.view(launch.images, launch.tiles_of_image, launch.D).sum(1)
     ids, places = flatten_ids.sort(stable=True)
     starts = torch.searchsorted(ids, torch.arange(P + 1, device=ids.device))
     sums = means2d.new_empty(P, W)
     if P:
         block = triton.next_power_of_2(min(W, _MOST_CHANNELS))
         grid = P, triton.cdiv(W, block)
-        composite_tiles_bwd_splats_kernel[grid](sums, starts, places, partial, W, BLOCK=block)
+        composite_tiles_bwd_splats_kernel[grid](
+            sums, starts, places, partial, W, BLOCK=block, enable_fp_fusion=True
+        )
     h, h_x, h_xx, h_y, h_xy, h_yy = sums[:, :_MOMENTS].unbind(1)
     # the conic of a splat that no tile has may be anything
     a, b, c = torch.where(conics.isfinite().all(1, keepdim=True), conics, 0).unbind(1)

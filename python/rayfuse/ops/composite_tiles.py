@@ -96,24 +96,33 @@ class TileOp(Op):
             self._fail(ValueError, "preset", f"be one of {', '.join(TILE_PRESETS)}", repr(preset))
         named = {**TILE_PRESETS[preset], **{k: x for k, x in named.items() if k != "preset"}}
         given = super()._positional(args, named)
-        values: dict[str, Any] = dict(zip(self.domain, given, strict=True))
+        return tuple(self._flat(dict(zip(self.domain, given, strict=True))).values())
+
+    def raw_arguments(self, tensors: Sequence[Tensor | None], **named: Any) -> tuple[Any, ...]:
+        values = {**self._keywords, **dict(zip(self.inputs, tensors, strict=True)), **named}
+        return self._encoded(tuple(self._flat({x: values[x] for x in self.domain}).values()))
+
+    def _flat(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The images end to end, as the raw ops take them; integers of 64 bits, and all but what
+        may be narrow of 32 at least."""
         means2d, offsets = values["means2d"], values["tile_offsets"]
         if not (isinstance(means2d, Tensor) and isinstance(offsets, Tensor)):
-            return given
-        splats, images = means2d.shape[:-1], offsets.shape[:-2]
+            return values
+        splats, images = tuple(means2d.shape[:-1]), tuple(offsets.shape[:-2])
         pixels = (*images, values["image_height"], values["image_width"])
+        flat = {**values}
         for array in self.signature.inputs:
             x = values[array.name]
             if not isinstance(x, Tensor):
                 continue
             if array.name == "background" and x.dim() == 1:
                 x = x.expand(*images, *x.shape)
-            inner = len(array.dims) - 1
+            inner, leads = len(array.dims) - 1, {splats}
             if array.name in ("tile_offsets", "masks"):
-                inner, leads = 2, [images]
-            else:
-                leads = [images, pixels] if array.name == "background" else [splats]
-            lead = x.shape[: x.dim() - inner]
+                inner, leads = 2, {images}
+            elif array.name == "background":
+                leads = {images, pixels}
+            lead = tuple(x.shape[: x.dim() - inner])
             # one that does not fit is left for the check
             if array.name != "flatten_ids" and lead in leads:
                 x = x.flatten(0, len(lead) - 1) if lead else x[None]
@@ -121,8 +130,8 @@ class TileOp(Op):
                 x = x.long() if x.dtype in (torch.int32, torch.bool) else x
             elif array.name not in self.narrow and x.dtype in HALVES and means2d.dtype == x.dtype:
                 x = x.float()
-            values[array.name] = x
-        return tuple(values.values())
+            flat[array.name] = x
+        return flat
 
     def public(self) -> Callable:
         call = super().public()
