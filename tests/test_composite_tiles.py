@@ -9,13 +9,14 @@ import torch
 import rayfuse
 from conftest import EMULATED
 from contract import Contract, as_tuple
+from rayfuse.ops.composite_tiles import TILE_PRESETS
 
 
 def pixel_by_pixel(args, options):
     """The definition as a loop over pixels and splats: Kerbl et al. (2023), as gsplat has it."""
     names = rayfuse.composite_tiles.op.inputs
     given = {**dict(zip(names, args, strict=True)), **options}
-    constants = {**rayfuse.TILE_PRESETS[given.get("preset", "gsplat15")], **given}
+    constants = {**TILE_PRESETS[given.get("preset", "gsplat15")], **given}
     width, height, size = (given[x] for x in ("image_width", "image_height", "tile_size"))
     means2d, conics, colors, opacities = (x.tolist() for x in args[:4])
     offsets, ids = args[4], args[5].tolist()
@@ -82,7 +83,7 @@ class TestCompositeTiles(Contract):
     def raw(self, args, variant):
         """The arguments of the raw op."""
         variant = {**(variant or self.variants[0])}
-        preset = rayfuse.TILE_PRESETS[variant.pop("preset", "gsplat15")]
+        preset = TILE_PRESETS[variant.pop("preset", "gsplat15")]
         return self.spec.raw_arguments(args, **{**preset, **variant})
 
     def d_outputs(self, args, variant=None, seed=1):

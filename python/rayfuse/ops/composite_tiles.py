@@ -10,7 +10,7 @@ from torch import Tensor
 from ..domain import Domain, real, unit
 from ..op import HALVES, Op, op
 
-__all__ = ["TILE_PRESETS", "TileComposite", "composite_tiles"]
+__all__ = ["TileComposite", "composite_tiles"]
 
 # constants of those who defined the algorithm: gsplat's release 1.5.3 and its head, and the
 # rasteriser of Kerbl et al.
