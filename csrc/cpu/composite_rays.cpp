@@ -309,27 +309,11 @@ void gradients(int64_t begin, int64_t end, const Options& options,
 }  // namespace
 }  // namespace rayfuse
 
+#include "compositing_registration.h"
 #include "large_memory.h"
-#include "registration.h"
 
 namespace rayfuse {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
-
-// The element types: f's may be half of the others'.
-template <class Call>
-void dispatch_pair(const Tensor& t, const MaybeTensor& f, const Call& call) {
-  dispatch(t, [&](auto type) {
-    if constexpr (std::is_same_v<decltype(type), float>) {
-      if (f && is_half(*f)) {
-        if (f->scalar_type() == ScalarType::Half) return call(type, half{});
-        return call(type, bfloat16{});
-      }
-    }
-    call(type, type);
-  });
-}
 
 Options options_of(const Tensor& w, const MaybeTensor& f, const MaybeTensor& background,
                    int64_t depth, bool density, bool last_sample) {
