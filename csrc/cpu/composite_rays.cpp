@@ -7,6 +7,7 @@
 #include "compositing.h"
 #include "transmittance.h"
 
+#include <array>
 #include <vector>
 
 namespace rayfuse {
@@ -21,11 +22,12 @@ __attribute__((noinline)) RAYFUSE_KERNEL void add_block_features(
 template <class F>
 __attribute__((noinline)) RAYFUSE_KERNEL void block_feature_gradients(
     const Rays<const accumulator<F>>& w, const F* f, int64_t S, int64_t C,
-    const accumulator<F>* d_features, const Rays<accumulator<F>>& products, F* d_f) {
+    const accumulator<F>* d_features, const Rays<accumulator<F>>& products, F* d_f,
+    bool past_cache) {
   for (int i = 0; i < w.count; ++i) {
     const int64_t at = i * S * C;
-    feature_gradients(w[i], f + at, S, C, d_features + i * C, products[i],
-                      d_f ? d_f + at : nullptr);
+    feature_gradients(w[i], f + at, S, C, d_features + i * C, products[i], d_f ? d_f + at : nullptr,
+                      past_cache);
   }
 }
 
@@ -52,18 +54,36 @@ struct Kept {
   Block<A> mid;
 };
 
+// What is read after the pass from the left: the features of its rays, edges and weights of the
+// next ones. Asked for piece by piece, so that memory works while the pass computes.
+struct Soon {
+  struct Bytes {
+    const char* begin;
+    int64_t of_each_sample;
+  };
+  std::array<Bytes, 3> arrays;
+
+  void prefetch(int64_t begin, int64_t end) const {
+    for (const auto& [from, each] : arrays) {
+      for (int64_t at = begin * each; at < end * each; at += 64) __builtin_prefetch(from + at);
+    }
+  }
+};
+
 // The pass from the left over `count` rays. Weights from densities, or of half precision, also go
 // to rows of whole registers.
 template <bool long_rays, class T>
 __attribute__((noinline)) RAYFUSE_KERNEL RayValues<accumulator<T>> weigh(
     const Options& options, const Rays<const T>& t, const Rays<const T>& w,
-    const Rays<accumulator<T>>& w_rows, Kept<accumulator<T>>* kept, bool with_d_t) {
+    const Rays<accumulator<T>>& w_rows, Kept<accumulator<T>>* kept, bool with_d_t,
+    const Soon& soon) {
   using A = accumulator<T>;
   const int64_t S = options.S;
   LightPass<T, long_rays> pass{w, t, S, false};
   LevelledSum<A, long_rays> accumulation, moment;
   const bool with_mean = options.has_mean();
   along<A>(0, S, [&](int64_t k) {
+    soon.prefetch(k, k + kLanes<A>);
     if (options.density) {
       pass.step(k);
     } else {
@@ -170,6 +190,20 @@ Rays<const accumulator<T>> weights_of(const Options& options, const Rays<const T
   return {rows.first, rows.stride, rows.count};
 }
 
+// After rays first.. of those up to `end`.
+template <class T, class F>
+Soon soon(const Options& options, int64_t first, int64_t count, int64_t end, const T* t, const T* w,
+          const F* f) {
+  const int64_t S = options.S, next = first + count;
+  const auto bytes = [](const auto* p, int64_t at, int64_t each) {
+    return Soon::Bytes{reinterpret_cast<const char*>(p ? p + at : p),
+                       p ? each * int64_t{sizeof *p} : 0};
+  };
+  const int64_t rays = std::min<int64_t>(count, end - next);
+  return {{bytes(f, first * S * options.C, count * options.C), bytes(t, next * (S + 1), rays),
+           bytes(w, next * S, rays)}};
+}
+
 // Rays begin..end.
 template <bool long_rays, class T, class F>
 void composite(int64_t begin, int64_t end, const Options& options,
@@ -188,7 +222,8 @@ void composite(int64_t begin, int64_t end, const Options& options,
     const int count = std::min<int64_t>(kRays<A>, end - first);
     const Rays<const T> t_rays{t + first * (S + 1), S + 1, count}, given{w + first * S, S, count};
     const Rays<A> rows = w_rows.rays(count);
-    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, nullptr, false);
+    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, nullptr, false,
+                                                  soon(options, first, count, end, t, w, f));
     const Rays<const A> weights = weights_of(options, given, rows);
     if (f) {
       add_block_features(weights, f + first * S * C, S, C, features + first * C);
@@ -222,6 +257,7 @@ struct Gradients {
   T* w;           // [R, S] or null
   F* f;           // [R, S, C] or null
   T* background;  // [R, C] or null
+  bool f_past_cache;
 };
 
 // Rays begin..end.
@@ -246,13 +282,14 @@ void gradients(int64_t begin, int64_t end, const Options& options,
     const int count = std::min<int64_t>(K, end - first);
     const Rays<const T> t_rays{t + first * (S + 1), S + 1, count}, given{w + first * S, S, count};
     const Rays<A> rows = w_rows.rays(count), g = g_rows.rays(count);
-    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, kept.data(), d.t);
+    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, kept.data(), d.t,
+                                                  soon(options, first, count, end, t, w, f));
     const Rays<const A> weights = weights_of(options, given, rows);
     const A* d_features_here = d_features ? d_features + first * C : no_gradient.data();
     const bool last_behind = options.last_sample && f && S;
     if (f) {
       block_feature_gradients(weights, f + first * S * C, S, C, d_features_here, g,
-                              d.f ? d.f + first * S * C : nullptr);
+                              d.f ? d.f + first * S * C : nullptr, d.f_past_cache);
     }
 
     const RayDepths<A> depths(options.depth, sums);
@@ -304,6 +341,7 @@ void gradients(int64_t begin, int64_t end, const Options& options,
       d_t[S] = narrow<T>(from_left + (edge == S && S ? d_depth_r : A(0)));
     }
   }
+  if (d.f_past_cache) finish_stream();
 }
 
 }  // namespace
@@ -366,9 +404,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(MaybeTensor d_features, MaybeTens
     const A* d_accumulation_ptr = data<A>(d_accumulation);
     const T *t_ptr = data<T>(t), *w_ptr = data<T>(w), *background_ptr = data<T>(background);
     const F* f_ptr = data<F>(f);
-    const Gradients<T, F> d{mutable_data<T>(d_t), mutable_data<T>(d_w), mutable_data<F>(d_f),
-                            mutable_data<T>(d_background)};
     const int64_t S = options.S;
+    const Gradients<T, F> d{mutable_data<T>(d_t), mutable_data<T>(d_w), mutable_data<F>(d_f),
+                            mutable_data<T>(d_background),
+                            is_large(d_f) && S * options.C % kLanes<A> == 0};
     for_rays<A>(t.numel() / (S + 1), S * (2 + options.C), [=](int64_t begin, int64_t end) {
       as_constant(is_long<A>(S), [=](auto long_rays) {
         gradients<long_rays>(begin, end, options, d_features_ptr, d_depth_ptr, d_accumulation_ptr,

@@ -170,10 +170,10 @@ void add_many(const accumulator<F>* w, const F* f, int64_t S, int64_t C, accumul
 }
 
 // products_i = sum_c d_features_c f_ic for S samples and the rest of a register; d_f_ic = w_i
-// d_features_c unless d_f is null.
+// d_features_c unless d_f is null, past the cache where it has whole, aligned registers alone.
 template <int C, class F>
 void gradients_few(const accumulator<F>* w, const F* f, int64_t S, const accumulator<F>* d_features,
-                   accumulator<F>* products, F* d_f) {
+                   accumulator<F>* products, F* d_f, bool past_cache) {
   using A = accumulator<F>;
   constexpr int N = kLanes<A>;
   vec<A> scale[C];
@@ -198,7 +198,8 @@ void gradients_few(const accumulator<F>* w, const F* f, int64_t S, const accumul
     const vec<A> w_here = load_some(w + k, S - k);
     each_register<C>([&](auto v) {
       const int64_t at = k * C + v * N;
-      store_some(d_f + at, repeat_each<C, v>(w_here) * scale[v], S * C - at);
+      const vec<A> x = repeat_each<C, v>(w_here) * scale[v];
+      past_cache ? stream(d_f + at, x) : store_some(d_f + at, x, S * C - at);
     });
   });
 }
@@ -236,13 +237,14 @@ void add_features(const accumulator<F>* w, const F* f, int64_t S, int64_t C, acc
 }
 template <class F>
 void feature_gradients(const accumulator<F>* w, const F* f, int64_t S, int64_t C,
-                       const accumulator<F>* d_features, accumulator<F>* products, F* d_f) {
+                       const accumulator<F>* d_features, accumulator<F>* products, F* d_f,
+                       bool past_cache = false) {
   if (C == 3) {
-    gradients_few<3>(w, f, S, d_features, products, d_f);
+    gradients_few<3>(w, f, S, d_features, products, d_f, past_cache);
   } else if (C == 1) {
-    gradients_few<1>(w, f, S, d_features, products, d_f);
+    gradients_few<1>(w, f, S, d_features, products, d_f, past_cache);
   } else if (C == 4) {
-    gradients_few<4>(w, f, S, d_features, products, d_f);
+    gradients_few<4>(w, f, S, d_features, products, d_f, past_cache);
   } else {
     gradients_many(w, f, S, C, d_features, products, d_f);
   }
