@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import backend
 from .domain import csr
+from .packed import upper_bound
 
 __all__ = [
     "importance_sampling",
@@ -298,20 +299,9 @@ def _search(
     edges: Tensor, edge_offsets: Tensor, queries: Tensor, ray: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The places on either side of each query in its ray, which has edges."""
-    lengths = edge_offsets.diff()
     first, last = edge_offsets[:-1][ray], edge_offsets[1:][ray] - 1
-    if len(edges) == 0:
-        return first, first
-    # the longest is known only here without a synchronisation
-    on_cpu = edges.device.type == "cpu" and len(lengths) > 0
-    longest = int(lengths.max()) if on_cpu else len(edges)
-    begin, end = first, last
-    for _ in range(longest.bit_length()):
-        middle = begin + (end - begin) // 2
-        searching, above = begin < end, edges[middle.clamp(0, len(edges) - 1)] > queries
-        begin = torch.where(searching & ~above, middle + 1, begin)
-        end = torch.where(searching & above, middle, end)
-    return torch.maximum(begin - 1, first), torch.maximum(begin.minimum(last), first)
+    right = upper_bound(edges, first, last, queries)
+    return torch.maximum(right - 1, first), torch.maximum(right, first)
 
 
 def _ray_of_each(offsets: Tensor, n: int) -> Tensor:
