@@ -40,14 +40,16 @@ class PackedRays {
   const int64_t R;
 
   // Here a look at all offsets costs no synchronisation, and wrong ones would lead out of bounds.
-  PackedRays(const std::string& op, const Tensor& offsets_, int64_t P)
+  PackedRays(const std::string& op, const Tensor& offsets_, int64_t P,
+             const std::string& name = "offsets")
       : offsets(data<int64_t>(offsets_)), R(offsets_.numel() - 1), work_(P + R * kRayWork) {
     bool rising = offsets[0] == 0 && offsets[R] == P;
     for (int64_t r = 0; r < R; ++r) rising &= offsets[r] <= offsets[r + 1];
     for (int64_t i = 0; !rising; ++i) {
       const int64_t least = i ? offsets[i - 1] : 0, got = offsets[i];
       if (got < least || got > P || (i == 0 && got != 0) || (i == R && got != P)) {
-        throw std::runtime_error(op + ": offsets must rise from 0 to the number of samples, got " +
+        throw std::runtime_error(op + ": " + name +
+                                 " must rise from 0 to the number of samples, got " +
                                  std::to_string(got) + " at [" + std::to_string(i) + "]");
       }
     }

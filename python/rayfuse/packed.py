@@ -157,6 +157,24 @@ class PackedOp(Op):
                     self._fail(ValueError, name, rule, f"{late[at].item():g} at [{at}]")
 
 
+def upper_bound(values: Tensor, begin: Tensor, end: Tensor, x: Tensor) -> Tensor:
+    """[P] of each x, the first place from begin on where values are above it; end if nowhere.
+
+    As `torch.searchsorted(..., right=True)` finds it in each of these pieces of the values.
+    """
+    if len(values) == 0:
+        return end
+    # the longest is known only here without a synchronisation
+    on_cpu = values.device.type == "cpu" and len(x) > 0
+    longest = int((end - begin).max()) if on_cpu else len(values)
+    for _ in range(max(longest, 0).bit_length()):
+        middle = begin + (end - begin) // 2
+        searching, above = begin < end, values[middle.clamp(0, len(values) - 1)] > x
+        begin = torch.where(searching & ~above, middle + 1, begin)
+        end = torch.where(searching & above, middle, end)
+    return begin
+
+
 class PackedRays:
     """Where the samples of rays lie, and sums along them in plain PyTorch.
 
