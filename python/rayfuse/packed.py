@@ -182,16 +182,18 @@ class PackedRays:
         return torch.where(self.place > 0, torch.cat([x[:1], x[:-1]]), first)
 
     def running_sum(self, x: Tensor) -> Tensor:
-        """[P] of each sample, the sum from its ray's first one up to it, in log2(longest) steps."""
+        """[P, ...] of each sample, the sum from its ray's first one up to it, in log2(longest)
+        steps."""
+        place = self.place.view(-1, *[1] * (x.dim() - 1))
         longest = int(self.place.max()) + 1 if len(x) else 0
         step = 1
         while step < longest:
-            earlier = torch.cat([x.new_zeros(step), x[:-step]])
-            x = x + torch.where(self.place >= step, earlier, 0.0)
+            earlier = torch.cat([torch.zeros_like(x[:step]), x[:-step]])
+            x = x + torch.where(place >= step, earlier, 0.0)
             step *= 2
         return x
 
     def total(self, x: Tensor) -> Tensor:
-        """[R] of each ray, the sum over its samples; 0 where it has none."""
-        sums = torch.cat([x.new_zeros(1), self.running_sum(x)])
+        """[R, ...] of each ray, the sum over its samples; 0 where it has none."""
+        sums = torch.cat([x.new_zeros(1, *x.shape[1:]), self.running_sum(x)])
         return sums[torch.where(self.offsets.diff() > 0, self.offsets[1:], 0)]
