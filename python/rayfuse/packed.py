@@ -190,6 +190,8 @@ class PackedRays:
         )
         self.place = sample - self.offsets[self.ray]
         """[P] of each sample, how many of its ray come before it."""
+        self.is_last = self.place == self.offsets.diff()[self.ray] - 1
+        """[P] of each sample, whether none of its ray comes after it."""
 
     def at_first(self, x: Tensor) -> Tensor:
         """[P] of each sample, the value of the first one of its ray."""
@@ -202,18 +204,27 @@ class PackedRays:
     def running_sum(self, x: Tensor) -> Tensor:
         """[P, ...] of each sample, the sum from its ray's first one up to it, in log2(longest)
         steps."""
+        return self._running(x, torch.add, 0.0)
+
+    def running_product(self, x: Tensor) -> Tensor:
+        """[P, ...] the same of the product; no gradient divides."""
+        return self._running(x, torch.mul, 1.0)
+
+    def _running(
+        self, x: Tensor, join: Callable[[Tensor, Tensor], Tensor], nothing: float
+    ) -> Tensor:
         place = self.place.view(-1, *[1] * (x.dim() - 1))
         longest = int(self.place.max()) + 1 if len(x) else 0
         step = 1
         while step < longest:
             earlier = torch.cat([torch.zeros_like(x[:step]), x[:-step]])
-            x = x + torch.where(place >= step, earlier, 0.0)
+            x = join(x, torch.where(place >= step, earlier, nothing))
             step *= 2
         return x
 
-    def at_last(self, x: Tensor) -> Tensor:
-        """[R, ...] of each ray, the value of its last sample; 0 where it has none."""
-        values = torch.cat([x.new_zeros(1, *x.shape[1:]), x])
+    def at_last(self, x: Tensor, empty: float = 0.0) -> Tensor:
+        """[R, ...] of each ray, the value of its last sample; `empty` where it has none."""
+        values = torch.cat([x.new_full((1, *x.shape[1:]), empty), x])
         return values[torch.where(self.offsets.diff() > 0, self.offsets[1:], 0)]
 
     def total(self, x: Tensor) -> Tensor:
