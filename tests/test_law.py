@@ -36,6 +36,7 @@ SHARED = {
     "tests/test_train.py",
     "tests/test_report.py",
     "tests/test_compat_f3rm.py",
+    "tests/test_compat_nerfacc.py",
     "tests/test_compat_nerfstudio.py",
     "tests/test_compat_torch_efficient_distloss.py",
     "triton_kernels/__init__.py",
