@@ -7,6 +7,7 @@ In all functions samples are batched [..., S], or packed [P] with `packed_info` 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def rendering(
         got = [list(x.shape) for x in (rgbs, opaque)]
         rule = f"of shapes {[*shape, 'C']} and {list(shape)}"
         raise ValueError(f"the field must return colours and densities {rule}, got {got}")
-    rays = dict(ray_indices=ray_indices, n_rays=n_rays)
+    rays: dict[str, Any] = dict(ray_indices=ray_indices, n_rays=n_rays)
     if rgb_sigma_fn is not None:
         weights, trans, alphas = render_weight_from_density(t_starts, t_ends, opaque, **rays)
         extras = {"weights": weights, "alphas": alphas, "trans": trans, "sigmas": opaque}
@@ -172,7 +173,7 @@ def render_weight_from_alpha(
         >>> nerfacc.render_weight_from_alpha(alphas, ray_indices=ray_indices)
         (tensor([0.5000, 0.2500, 1.0000]), tensor([1.0000, 0.5000, 1.0000]))
     """
-    rays = dict(packed_info=packed_info, ray_indices=ray_indices, n_rays=n_rays)
+    rays: dict[str, Any] = dict(packed_info=packed_info, ray_indices=ray_indices, n_rays=n_rays)
     w, trans, _ = ops.packed_alpha_weights(*packed_rays(alphas, **rays))
     return _prefixed(prefix_trans, w.view(alphas.shape), trans.view(alphas.shape))
 
@@ -197,7 +198,7 @@ def render_weight_from_density(
     """
     sigmas, t_starts, t_ends = promoted(sigmas, t_starts, t_ends)
     shape = sigmas.shape
-    rays = dict(packed_info=packed_info, ray_indices=ray_indices, n_rays=n_rays)
+    rays: dict[str, Any] = dict(packed_info=packed_info, ray_indices=ray_indices, n_rays=n_rays)
     w, trans, _ = ops.packed_ray_weights(*packed_rays(sigmas, t_starts, t_ends, **rays))
     alphas = -torch.expm1(-optical_depths(sigmas, t_ends - t_starts))
     return *_prefixed(prefix_trans, w.view(shape), trans.view(shape)), alphas

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ class OccGridEstimator(nn.Module):
         look = sigma_fn or alpha_fn
         if look is None or (alpha_thre <= 0 and early_stop_eps <= 0) or len(ray_indices) == 0:
             return ray_indices, t_starts, t_ends
-        seen = dict(
+        seen: dict[str, Any] = dict(
             packed_info=samples.packed_info,
             early_stop_eps=early_stop_eps,
             alpha_thre=min(alpha_thre, self.occs.mean().item()),
