@@ -12,16 +12,6 @@
 
 namespace rayfuse {
 
-// Calls f with a flag that templates can take.
-template <class F>
-void as_constant(bool flag, const F& f) {
-  if (flag) {
-    f(std::true_type());
-  } else {
-    f(std::false_type());
-  }
-}
-
 // Calls f(first ray, last ray + 1) on torch's threads, the first one a multiple of kRays. A thread
 // starts for at least 2^14 samples: below that waking it costs more than it saves.
 template <class A, class F>
