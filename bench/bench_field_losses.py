@@ -96,8 +96,7 @@ class BenchFieldLosses(harness.Bench):
     directions = ((), ("sigma", "rgb", "features", "n_pred", "w_env_0", "w_env_1"))
     peers = (peers.eager("", as_f3rm), peers.compiled("", as_f3rm))
     page = "objective"
-    # of one op, measured in the benches of the ops that this one puts together
-    test_growth = test_call_overhead = None
+    growth = test_growth = test_call_overhead = None
 
     @property
     def stem(self) -> str:
