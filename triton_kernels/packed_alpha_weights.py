@@ -58,12 +58,12 @@ def _weights(w_ptr, light_ptr, alpha_ptr, begin, n, BLOCK: tl.constexpr):
     for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
         s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
         k, here = begin[:, None] + s, s < n[:, None]
-        inside = _light(alpha_ptr, k, (s > 0) & here, A)
-        light = light_of_block[:, None] * inside
-        tl.store(w_ptr + k, light * load(alpha_ptr + k, here, A), mask=here)
+        light = light_of_block[:, None] * _light(alpha_ptr, k, s <= n[:, None], BLOCK, A)
+        alpha = load(alpha_ptr + k, here, A)
+        tl.store(w_ptr + k, light * alpha, mask=here)
         tl.store(light_ptr + k, light, mask=here)
-        light_of_block *= _end(inside, BLOCK)
-    return light_of_block * (1.0 - load(alpha_ptr + begin + n - 1, n > 0, A))
+        light_of_block = _end(light * (1.0 - alpha), BLOCK)
+    return light_of_block
 
 
 @triton.jit
@@ -135,8 +135,8 @@ def _gradients(
     for i in range(1, blocks):
         b = tl.cast(i, tl.int64)
         s = (b - 1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-        inside = _light(alpha_ptr, begin[:, None] + s, (s > 0) & (s < n[:, None]), A)
-        light_of_block *= _end(inside, BLOCK)
+        alpha = load(alpha_ptr + begin[:, None] + s, s < n[:, None], A)
+        light_of_block *= _end(tl.cumprod(1.0 - alpha, 1), BLOCK)
         tl.store(kept_ptr + place + b, light_of_block, mask=b * BLOCK < n)
     # other threads read them
     tl.debug_barrier()
@@ -149,7 +149,7 @@ def _gradients(
         # not the first block, and one that exists
         kept = tl.minimum(b, n - b * BLOCK) > 0
         light_of_block = tl.where(kept, tl.load(kept_ptr + tl.where(kept, place + b, 0)), 1.0)
-        light = light_of_block[:, None] * _light(alpha_ptr, k, (s > 0) & here, A)
+        light = light_of_block[:, None] * _light(alpha_ptr, k, here, BLOCK, A)
         alpha_next = load(alpha_ptr + k + 1, followed, A)
         d_w = tl.zeros(light.shape, A)
         given = tl.zeros(light.shape, A)
@@ -165,8 +165,9 @@ def _gradients(
 
 
 @triton.jit
-def _light(alpha_ptr, k, inner, A: tl.constexpr):
-    """What the samples before let through, from the last of the block before on."""
+def _light(alpha_ptr, k, here, BLOCK: tl.constexpr, A: tl.constexpr):
+    """What the samples before, of the same block, let through."""
+    inner = (tl.arange(0, BLOCK)[None, :] > 0) & here
     return tl.cumprod(1.0 - load(alpha_ptr + k - 1, inner, A), 1)
 
 

@@ -23,6 +23,9 @@ from .common import (
     stopped,
 )
 
+# nothing passes a greater depth, and sums of so many samples as memory holds stay finite
+_OPAQUE = tl.constexpr(2.0**100)
+
 
 @triton.jit
 def packed_ray_weights_fwd_kernel(
@@ -79,19 +82,16 @@ def _weights(
     lost = tl.zeros(n.shape, A)
     for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
         s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-        k, here = begin[:, None] + s, s < n[:, None]
-        x_before = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k - 1, (s > 0) & here, A)
+        k, here, inner = begin[:, None] + s, s < n[:, None], _follows(BLOCK) & (s < n[:, None])
+        x_before = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k - 1, inner, A)
         light = tl.exp(-(depth[:, None] + tl.cumsum(x_before, 1)))
         x = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k, here, A)
         if OPAQUE:
-            x = tl.where(s == n[:, None] - 1, float("inf"), x)
+            x = tl.where(s == n[:, None] - 1, _OPAQUE, x)
         tl.store(w_ptr + k, light * stopped(x, A), mask=here)
         tl.store(light_ptr + k, light, mask=here)
-        depth, lost = add_exactly(depth, lost, tl.sum(x_before, 1))
-    x_last = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, begin + n - 1, n > 0, A)
-    if OPAQUE:
-        x_last = tl.where(n > 0, float("inf"), x_last)
-    return tl.exp(-(depth + x_last))
+        depth, lost = add_exactly(depth, lost, tl.sum(x, 1))
+    return tl.exp(-depth)
 
 
 @triton.jit
@@ -183,9 +183,8 @@ def _gradients(
     for i in range(1, blocks):
         b = tl.cast(i, tl.int64)
         s = (b - 1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-        k, inner = begin[:, None] + s, (s > 0) & (s < n[:, None])
-        x_before = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k - 1, inner, A)
-        depth, lost = add_exactly(depth, lost, tl.sum(x_before, 1))
+        x = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, begin[:, None] + s, s < n[:, None], A)
+        depth, lost = add_exactly(depth, lost, tl.sum(x, 1))
         tl.store(kept_ptr + place + b, depth, mask=b * BLOCK < n)
     # other threads read them
     tl.debug_barrier()
@@ -195,27 +194,30 @@ def _gradients(
     for i in range(blocks):
         b = blocks - 1 - tl.cast(i, tl.int64)
         s = b * BLOCK + tl.arange(0, BLOCK)[None, :]
-        k, here, last = begin[:, None] + s, s < n[:, None], s == n[:, None] - 1
+        k, here, followed = begin[:, None] + s, s < n[:, None], s + 1 < n[:, None]
         # not the first block, and one that exists
         kept = tl.minimum(b, n - b * BLOCK) > 0
         depth = tl.where(kept, tl.load(kept_ptr + tl.where(kept, place + b, 0)), 0.0)
-        x_before = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k - 1, (s > 0) & here, A)
-        deep = depth[:, None] + tl.cumsum(x_before, 1)
+        inner = _follows(BLOCK) & here
+        x_before = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k - 1, inner, A)
         x = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k, here, A)
+        x_next = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k + 1, followed, A)
         if OPAQUE:
-            x = tl.where(last, float("inf"), x)
-        light, passed = tl.exp(-deep), tl.exp(-(deep + x))
+            x = tl.where(s + 1 == n[:, None], _OPAQUE, x)
+            x_next = tl.where(s + 2 == n[:, None], _OPAQUE, x_next)
+        deep = depth[:, None] + tl.cumsum(x_before, 1) + x
+        passed = tl.exp(-deep)
         d_w = tl.zeros(x.shape, A)
-        d_passed = tl.zeros(x.shape, A)
+        d_w_next = tl.zeros(x.shape, A)
         if HAS_D_W:
             d_w = load(d_w_ptr + k, here, A)
-        if HAS_D_LIGHT:
-            d_passed = load(d_light_ptr + k + 1, s + 1 < n[:, None], A)
-        d_passed = tl.where(last, d_remaining[:, None], d_passed)
-        later = d_w * light * stopped(x, A) + d_passed * passed
-        from_here = right[:, None] + tl.cumsum(later, 1, reverse=True)
+            d_w_next = load(d_w_ptr + k + 1, followed, A)
+        d_passed = _d_passed(d_light_ptr, d_remaining, k, s, n, HAS_D_LIGHT, A)
+        d_passed_next = _d_passed(d_light_ptr, d_remaining, k + 1, s + 1, n, HAS_D_LIGHT, A)
+        # of the sample behind: less rounding than a sum with this sample, less this sample
+        later = d_w_next * passed * stopped(x_next, A) + d_passed_next * tl.exp(-(deep + x_next))
+        d_x = (d_w - d_passed) * passed - (right[:, None] + tl.cumsum(later, 1, reverse=True))
         right, right_lost = add_exactly(right, right_lost, tl.sum(later, 1))
-        d_x = (d_w - d_passed) * passed - (from_here - later)
         if NEEDS_D_SIGMA:
             width = load(t_ends_ptr + k, here, A) - load(t_starts_ptr + k, here, A)
             tl.store(d_sigma_ptr + k, d_x * width, mask=here)
@@ -229,14 +231,28 @@ def _gradients(
 
 
 @triton.jit
+def _d_passed(d_light_ptr, d_remaining, k, s, n, HAS_D_LIGHT: tl.constexpr, A: tl.constexpr):
+    """The gradients of the light behind samples k."""
+    d_light = tl.zeros(k.shape, A)
+    if HAS_D_LIGHT:
+        d_light = load(d_light_ptr + k + 1, s + 1 < n[:, None], A)
+    return tl.where(s + 1 == n[:, None], d_remaining[:, None], d_light)
+
+
+@triton.jit
 def _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k, mask, A: tl.constexpr):
     """sigma dt of samples k; a wall without width is nothing."""
     sigma = load(sigma_ptr + k, mask, A)
     width = load(t_ends_ptr + k, mask, A) - load(t_starts_ptr + k, mask, A)
     nothing = is_wall(sigma, A) & (width == 0)
     x = tl.where(nothing, 0.0, tl.where(nothing, 0.0, sigma) * width)
-    # 2^100: nothing passes a greater depth, and sums stay finite
-    return tl.where(x > 1.2676506002282294e30, 1.2676506002282294e30, x)
+    return tl.where(x > _OPAQUE, _OPAQUE, x)
+
+
+@triton.jit
+def _follows(BLOCK: tl.constexpr):
+    """Samples of a block with another one before them in it."""
+    return tl.arange(0, BLOCK)[None, :] > 0
 
 
 def fwd(
