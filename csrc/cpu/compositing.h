@@ -12,7 +12,7 @@ namespace rayfuse {
 
 enum class Depth : int64_t { kExpected, kLogMean, kMedian, kNone };
 
-// So many samples add up in one level: 2^16 lose no more to rounding than a few hundred do.
+// So many samples add up in one level: a million lose no more to rounding than a few hundred do.
 constexpr int64_t kPiece = 512;
 
 template <class A>
@@ -127,12 +127,21 @@ V sum_each(V (&x)[n]) {
 
 // ---- the features of one ray
 
+// Adds a piece; what that rounds off is added with the next one.
+template <class V>
+void add_piece(V piece, V& sum, V& lost) {
+  const V term = piece - lost, next = sum + term;
+  lost = (next - sum) - term;
+  sum = next;
+}
+
 // sums_c = sum_i w_i f_ic
 template <int C, class F>
 void add_few(const accumulator<F>* w, const F* f, int64_t S, accumulator<F>* sums) {
   using A = accumulator<F>;
   constexpr int N = kLanes<A>;
   std::fill(sums, sums + C, A(0));
+  A lost[C] = {};
   for (int64_t begin = 0; begin < S; begin += kPiece) {
     vec<A> piece[C] = {};
     along<A>(begin, std::min(begin + kPiece, S), [&](int64_t k) {
@@ -144,7 +153,7 @@ void add_few(const accumulator<F>* w, const F* f, int64_t S, accumulator<F>* sum
       });
     });
     sum_samples_of<N>(piece);
-    for (int c = 0; c < C; ++c) sums[c] += piece[c / N][c % N];
+    for (int c = 0; c < C; ++c) add_piece<A>(piece[c / N][c % N], sums[c], lost[c]);
   }
 }
 template <class F>
@@ -152,7 +161,7 @@ void add_many(const accumulator<F>* w, const F* f, int64_t S, int64_t C, accumul
   using A = accumulator<F>;
   constexpr int kAtOnce = 4;
   along<A>(0, C, [&](int64_t c) {
-    vec<A> total = {};
+    vec<A> total = {}, lost = {};
     for (int64_t begin = 0; begin < S; begin += kPiece) {
       const int64_t end = std::min(begin + kPiece, S);
       vec<A> piece[kAtOnce] = {};
@@ -163,7 +172,7 @@ void add_many(const accumulator<F>* w, const F* f, int64_t S, int64_t C, accumul
         }
       }
       for (; i < end; ++i) piece[0] += w[i] * load_some(f + i * C + c, C - c);
-      total += (piece[0] + piece[1]) + (piece[2] + piece[3]);
+      add_piece((piece[0] + piece[1]) + (piece[2] + piece[3]), total, lost);
     }
     store_some(sums + c, total, C - c);
   });

@@ -283,7 +283,8 @@ __global__ void __launch_bounds__(kBlock, 1) packed_composite_rays_bwd_kernel(
   __shared__ __align__(16) FeatureRow<F> f_rows[kPackedRays];
   __shared__ A weight_rows[kPackedRays][kWarp * kItems], scale_rows[kPackedRays][kChannels];
   FeatureRow<F>* const f_chips = f_rows;
-  auto *const weight_chips = weight_rows, *const scales = scale_rows;
+  auto* const weight_chips = weight_rows;
+  auto* const scales = scale_rows;
   const int64_t C = options.C;
   for_each_stray_sample(in.offsets, options.R, options.P, [&](int64_t k) {
     d.store(k, 0, 0, 0);
