@@ -495,7 +495,8 @@ class Contract:
         rule = f"{name} must be float32 like {first}{narrow}, got float64"
         yield rule, TypeError, instead(last.double())
         yield f"{name} must be on {device}", ValueError, instead(last.to("meta"))
-        yield f"{name} must have shape", ValueError, instead(last[:3])
+        if arrays[at].leading:
+            yield f"{name} must have shape", ValueError, instead(last[:3])
         known = {letter for array in arrays[:at] for letter, _ in array.dims}
         for k, (letter, _) in enumerate(arrays[at].dims):
             if letter is None or letter in known:

@@ -6,15 +6,11 @@ import torch.nn.functional as F
 
 import rayfuse
 from conftest import EMULATED
-from contract import PackedContract
-from test_packed_render_features import PACKED_FEATURE_SIZES, side_by_side
+from test_packed_render_features import PackedFeatureContract, side_by_side
 
 
-class TestPackedFeatureDistillationLoss(PackedContract):
+class TestPackedFeatureDistillationLoss(PackedFeatureContract):
     op = rayfuse.packed_feature_distillation_loss
-    sizes = PACKED_FEATURE_SIZES
-    typical = {"P": 5, "C": 3}
-    gpu_sizes = ({"P": 48, "C": 768}, {"P": 48, "C": 64}, {"P": 100, "C": 3})
 
     def test_empty_rays_anywhere_change_nothing(self, forced_backend, device):
         """But what they cost themselves: they render to 0."""

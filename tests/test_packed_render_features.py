@@ -8,23 +8,25 @@ from conftest import EMULATED
 from contract import PackedContract
 from rayfuse import backend
 
-# samples of a ray on average, and channels: around the 16, 8, 4 and 2 lanes of the registers, and
-# where several samples share one
-PACKED_FEATURE_SIZES = tuple(
-    {"P": P, "C": C}
-    for P, C in (
-        (0, 3),
-        (3, 3),
-        (1, 1),
-        (2, 5),
-        (9, 2),
-        (17, 7),
-        (6, 8),
-        (5, 15),
-        (2, 77),
-        (3, 130),
+
+class PackedFeatureContract(PackedContract):
+    """What both ops on packed features are tested with."""
+
+    # samples of a ray on average, and channels: around the 16, 8, 4 and 2 lanes of the registers,
+    # and where several samples share one
+    sizes = tuple(
+        {"P": P, "C": C}
+        for P, C in (
+            *((0, 3), (3, 3), (1, 1), (2, 5), (9, 2), (17, 7), (6, 8), (5, 15), (2, 77), (3, 130)),
+        )
     )
-)
+    typical = {"P": 5, "C": 3}
+    gpu_sizes = ({"P": 48, "C": 768}, {"P": 48, "C": 64}, {"P": 100, "C": 3})
+
+    def test_one_long_ray_beside_many_short_ones(self, forced_backend, device):
+        """Of one channel: the reference takes 20 passes over all samples."""
+        self.typical = {"P": 5, "C": 1}
+        super().test_one_long_ray_beside_many_short_ones(forced_backend, device)
 
 
 def side_by_side(dense, R, S):
@@ -34,11 +36,8 @@ def side_by_side(dense, R, S):
     return w.flatten(), f.flatten(0, 1), offsets
 
 
-class TestPackedRenderFeatures(PackedContract):
+class TestPackedRenderFeatures(PackedFeatureContract):
     op = rayfuse.packed_render_features
-    sizes = PACKED_FEATURE_SIZES
-    typical = {"P": 5, "C": 3}
-    gpu_sizes = ({"P": 48, "C": 768}, {"P": 48, "C": 64}, {"P": 100, "C": 3})
 
     @pytest.mark.parametrize(("S", "C"), [(1, 3), (9, 4), (70, 7), (33, 64)])
     def test_rays_of_equal_length_are_dense_ones(self, forced_backend, device, S, C):
