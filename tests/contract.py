@@ -606,7 +606,7 @@ class PackedContract(Contract):
 
     def bad_calls(self, device):
         yield from super().bad_calls(device)
-        args = self.inputs(device=device)
+        args = self.required(self.inputs(device=device))
         for i in self.offsets.values():
             name, x = self.spec.inputs[i], args[i]
             rule = f"{name} must have shape [R+1]"
