@@ -43,9 +43,7 @@ def ray_by_ray(t_starts, t_ends, w, offsets, t_env_starts, t_env_ends, w_env, of
 class TestPackedInterlevelLoss(PackedContract):
     op = rayfuse.packed_interlevel_loss
     # samples and bins of a ray on average: around the registers' lanes and the nodes of 16 edges
-    sizes = tuple(
-        {"P": P, "Q": Q} for P, Q in ((0, 0), (1, 1), (2, 0), (0, 3), (4, 9), (17, 33), (64, 15))
-    )
+    sizes = tuple({"P": P, "Q": Q} for P, Q in ((1, 1), (4, 9), (2, 0), (0, 3), (17, 33), (40, 15)))
     typical = {"P": 9, "Q": 7}
     variants = ({}, {"outside": "zero"}, {"outside": "below_zero"}, {"eps": 1e-3})
     gpu_sizes = ({"P": 48, "Q": 96}, {"P": 1000, "Q": 1000})

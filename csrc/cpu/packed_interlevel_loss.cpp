@@ -66,34 +66,40 @@ class Bounds {
     const A first = m ? starts_.sorted.values()[0] : A(0);
     const A last = m ? ends_.sorted.values()[m - 1] : A(0);
     const bool is_zero = outside_ == kOutsideZero;
+    const A *const starts = starts_.x.data(), *const ends = ends_.x.data();
+    const lane_int<A>*const start_nodes = starts_.nodes.data(), *const end_nodes =
+                                                                    ends_.nodes.data();
+    lane_int<A>*const begins = begin_.data(), *const behinds = end_.data();
+    const double* const until = until_.data();
+    A* const w_outer = w_outer_.data();
+#pragma GCC unroll 4
     for (int64_t i = 0; i < n; ++i) {
-      const A start = starts_.x[i], end = ends_.x[i];
-      int64_t begin = starts_.sorted.count(starts_.nodes[i], start);
-      int64_t behind = ends_.sorted.count(ends_.nodes[i], end);
+      int64_t begin = starts_.sorted.count(start_nodes[i], starts[i]);
+      int64_t behind = ends_.sorted.count(end_nodes[i], ends[i]);
       begin -= begin > 0;
       behind += behind < m;
       if (!clamp) {
-        behind = first > end ? 0 : behind;
-        begin = is_zero && !(last > start) ? m : begin;
+        behind = first > ends[i] ? 0 : behind;
+        begin = is_zero && !(last > starts[i]) ? m : begin;
       }
-      begin_[i] = begin, end_[i] = behind;
-      w_outer_[i] = static_cast<A>(until_[behind] - until_[begin]);
+      begins[i] = begin, behinds[i] = behind;
+      w_outer[i] = static_cast<A>(until[behind] - until[begin]);
     }
   }
   const A* w_outer() const { return w_outer_.data(); }
 
   // From the gradients to the bounds of n samples, those to the weights of m bins.
   void store_gradient(const A* d_outer, int64_t n, T* d_w_env, int64_t m) {
-    std::fill_n(until_.data(), m + 1, 0.0);
+    double* const steps = until_.data();
+    std::fill_n(steps, m + 1, 0.0);
     for (int64_t i = 0; i < n; ++i) {
-      until_[begin_[i]] += d_outer[i];
-      until_[end_[i]] -= d_outer[i];
+      steps[begin_[i]] += d_outer[i];
+      steps[end_[i]] -= d_outer[i];
     }
     LeftScan<double, false> scan;
-    for_each_double(until_.data(), m, [&](int64_t k, vec<double> step) {
-      store(until_.data() + k, scan.add(step).including);
-    });
-    for (int64_t k = 0; k < m; ++k) d_w_env[k] = narrow<T>(static_cast<A>(until_[k]));
+    for_each_double(
+        steps, m, [&](int64_t k, vec<double> step) { store(steps + k, scan.add(step).including); });
+    for (int64_t k = 0; k < m; ++k) d_w_env[k] = narrow<T>(static_cast<A>(steps[k]));
   }
 
  private:
