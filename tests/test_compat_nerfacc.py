@@ -574,6 +574,16 @@ def test_steps_are_those_in_occupied_cells(levels, cone_angle):
     assert found == len(samples.vals) > 50
 
 
+def test_steps_that_begin_far_away_are_wide():
+    o, d, near = torch.tensor([[-6.0, 0, 0]]), torch.tensor([[1.0, 0, 0]]), torch.tensor([4.85])
+    cells = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    intervals, _, _ = ours.traverse_grids(
+        *(o, d, cells, BOX[None], near), step_size=0.01, cone_angle=0.1
+    )
+    want = 4.85 * 1.1 ** torch.arange(5)
+    torch.testing.assert_close(intervals.vals, want)
+
+
 def test_occupied_cells_are_nerfaccs(theirs):
     o, d = some_rays()
     binaries = torch.rand(3, 8, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -613,6 +623,16 @@ def test_traversal_goes_on_where_it_stopped():
     for (ray, t), (ray_want, t_want) in zip(sorted(found), want, strict=True):
         assert ray == ray_want
         assert abs(t - t_want) < 1e-5
+
+
+def test_rays_are_taken_a_few_at_a_time(monkeypatch):
+    o, d = some_rays(20)
+    binaries = torch.rand(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    want = ours.traverse_grids(o, d, binaries, BOX[None], step_size=0.1)
+    monkeypatch.setattr(ours.grid, "_RAYS_AT_ONCE", 7)
+    got = ours.traverse_grids(o, d, binaries, BOX[None], step_size=0.1)
+    assert torch.equal(got[0].vals, want[0].vals)
+    assert torch.equal(got[1].ray_indices, want[1].ray_indices)
 
 
 def test_traversal_takes_what_is_known_of_the_rays():
