@@ -522,6 +522,10 @@ def test_ray_along_a_face_is_in_the_box():
         assert hits.flatten().tolist() == [True, False, True]
         assert t_mins.flatten().tolist() == [1, torch.inf, 1]
         assert t_maxs.flatten().tolist() == [3, torch.inf, 3]
+    # and in the cells on its inside
+    cells = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    _, samples, _ = ours.traverse_grids(o, d, cells, BOX[None], step_size=0.5)
+    assert samples.packed_info[:, 1].tolist() == [4, 0, 4]
 
 
 def marched(o, d, binaries, aabbs, near, far, step_size, cone_angle):

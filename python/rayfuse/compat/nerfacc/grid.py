@@ -139,10 +139,8 @@ def traverse_grids(
         x = _of(rays_o, ray) + _of(rays_d, ray) * middle[:, None]
         enters, leaves = _of(t_mins, ray), _of(t_maxs, ray)
         inside = (enters <= middle[:, None]) & (middle[:, None] < leaves) & _of(hits, ray)
-        # rounding must not add what lies behind the far plane
-        kept = (middle < _of(far, ray)) & inside.any(-1)
         entered = enters.masked_fill(~inside, -torch.inf).argmax(-1)
-        kept &= _occupied(x, entered, binaries, aabbs)
+        kept = inside.any(-1) & _occupied(x, entered, binaries, aabbs)
         rays.append(ray[kept])
         steps.append(step[kept])
     ray, step = torch.cat(rays), torch.cat(steps)
