@@ -1,17 +1,20 @@
 """nerfacc by its own names: the same values and gradients, and those that it gets wrong."""
 
+import functools
 import inspect
 import json
 import re
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from rayfuse.compat import nerfacc as ours
 from rayfuse.compat.nerfacc import losses
+from test_compat_nerfstudio import imported, needs_nerfstudio
 
 ROOT = Path(__file__).parent.parent
 # samples of each ray: empty ones in between and at the end
@@ -879,6 +882,49 @@ def test_what_is_not_here_is_an_import_error(modules):
 
 
 # ---- training
+
+
+@needs_nerfstudio
+def test_instant_ngp_of_nerfstudio_trains_on_a_cpu(monkeypatch):
+    pytest.importorskip("torchmetrics")
+    model_of, rays, renderers = (
+        imported(name)
+        for name in ("models.instant_ngp", "cameras.rays", "model_components.renderers")
+    )
+    # as after install(), if nerfstudio was not imported before
+    for module in (model_of, renderers):
+        monkeypatch.setattr(module, "nerfacc", ours)
+    field = functools.partial(model_of.NerfactoField, implementation="torch")
+    monkeypatch.setattr(model_of, "NerfactoField", field)
+    config = model_of.InstantNGPModelConfig(
+        grid_resolution=16, grid_levels=2, log2_hashmap_size=10, max_res=64
+    )
+    config.near_plane, config.far_plane, config.render_step_size = 0.05, 4.0, 0.1
+    box = imported("data.scene_box").SceneBox(torch.tensor([[-1.0, -1, -1], [1, 1, 1]]))
+    torch.manual_seed(0)
+    with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):
+        model = config.setup(scene_box=box, num_train_data=4, device="cpu", grad_scaler=None)
+    model.train()
+    (callback,) = model.get_training_callbacks(mock.MagicMock())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    d, one = torch.nn.functional.normalize(torch.randn(64, 3), dim=-1), torch.ones(64, 1)
+    bundle = rays.RayBundle(
+        *(torch.randn(64, 3) / 10, d, one),
+        camera_indices=torch.zeros(64, 1, dtype=torch.long),
+        nears=0.05 * one,
+        fars=4 * one,
+    )
+    batch, errors = {"image": torch.rand(64, 3)}, []
+    for step in range(20):
+        callback.run_callback(step=step)
+        outputs = model.get_outputs(bundle)
+        loss = model.get_loss_dict(outputs, batch)["rgb_loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert outputs["num_samples_per_ray"].sum() > 64
+    assert errors[-1] < 0.9 * errors[0]
 
 
 FOX = ROOT.parent / "shared" / "data" / "fox"
