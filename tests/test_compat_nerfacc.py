@@ -742,10 +742,22 @@ def test_grid_looks_at_a_part_of_its_cells_after_the_warmup():
     grid.update_every_n_steps(16, lambda x: seen.append(x) or torch.ones(len(x), 1), warmup_steps=1)
     # a quarter of all, and as many of the occupied ones
     assert len(seen[0]) == 2 * 8**3 // 4
-    # cells chosen more than once fade once
+    # cells chosen more than once fade once, and the most that was seen there counts
     grid.occs.fill_(0.5)
-    grid.update_every_n_steps(32, lambda x: torch.zeros(len(x), 1), 0.01, 0.5, 1)
-    assert {*grid.occs.tolist()} == {0.25, 0.5}
+    want, seen = grid.occs.clone(), []
+
+    def falling(x):
+        seen.append(x)
+        return torch.linspace(1, 0, len(x))[:, None]
+
+    grid.update_every_n_steps(32, falling, 0.01, 0.5, 1)
+    i, j, k = ((seen[0] + 1) * 4).long().unbind(-1)
+    cells = ((i * 8 + j) * 8 + k).tolist()
+    assert len({*cells}) < len(cells)
+    want[cells] = 0.25
+    for cell, occ in zip(cells, falling(seen[0])[:, 0], strict=True):
+        want[cell] = max(want[cell], occ)
+    assert torch.equal(grid.occs, want)
     grid.eval()
     with pytest.raises(RuntimeError, match="must be in training mode, got eval"):
         grid.update_every_n_steps(0, ball)
@@ -763,6 +775,8 @@ def test_cells_that_no_camera_sees_stay_empty():
     seen = (x / z >= -0.25) & (x / z < 0.25) & (y / z >= -0.25) & (y / z < 0.25) & (z >= 1.25)
     assert torch.equal(grid.binaries[0], seen)
     assert seen.any()
+    grid._update(1, lambda x: torch.ones(len(x), 1), warmup_steps=0)
+    assert torch.equal(grid.occs.view(5, 5, 5) == -1, ~seen)
 
 
 def test_grid_says_what_is_wrong():
