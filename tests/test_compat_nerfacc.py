@@ -1,17 +1,20 @@
 """nerfacc by its own names: the same values and gradients, and those that it gets wrong."""
 
+import functools
 import inspect
 import json
 import re
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from rayfuse.compat import nerfacc as ours
 from rayfuse.compat.nerfacc import losses
+from test_compat_nerfstudio import imported, needs_nerfstudio
 
 ROOT = Path(__file__).parent.parent
 # samples of each ray: empty ones in between and at the end
@@ -522,6 +525,10 @@ def test_ray_along_a_face_is_in_the_box():
         assert hits.flatten().tolist() == [True, False, True]
         assert t_mins.flatten().tolist() == [1, torch.inf, 1]
         assert t_maxs.flatten().tolist() == [3, torch.inf, 3]
+    # and in the cells on its inside
+    cells = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    _, samples, _ = ours.traverse_grids(o, d, cells, BOX[None], step_size=0.5)
+    assert samples.packed_info[:, 1].tolist() == [4, 0, 4]
 
 
 def marched(o, d, binaries, aabbs, near, far, step_size, cone_angle):
@@ -574,6 +581,16 @@ def test_steps_are_those_in_occupied_cells(levels, cone_angle):
     assert found == len(samples.vals) > 50
 
 
+def test_steps_that_begin_far_away_are_wide():
+    o, d, near = torch.tensor([[-6.0, 0, 0]]), torch.tensor([[1.0, 0, 0]]), torch.tensor([4.85])
+    cells = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    intervals, _, _ = ours.traverse_grids(
+        *(o, d, cells, BOX[None], near), step_size=0.01, cone_angle=0.1
+    )
+    want = 4.85 * 1.1 ** torch.arange(5)
+    torch.testing.assert_close(intervals.vals, want)
+
+
 def test_occupied_cells_are_nerfaccs(theirs):
     o, d = some_rays()
     binaries = torch.rand(3, 8, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -613,6 +630,16 @@ def test_traversal_goes_on_where_it_stopped():
     for (ray, t), (ray_want, t_want) in zip(sorted(found), want, strict=True):
         assert ray == ray_want
         assert abs(t - t_want) < 1e-5
+
+
+def test_rays_are_taken_a_few_at_a_time(monkeypatch):
+    o, d = some_rays(20)
+    binaries = torch.rand(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    want = ours.traverse_grids(o, d, binaries, BOX[None], step_size=0.1)
+    monkeypatch.setattr(ours.grid, "_RAYS_AT_ONCE", 7)
+    got = ours.traverse_grids(o, d, binaries, BOX[None], step_size=0.1)
+    assert torch.equal(got[0].vals, want[0].vals)
+    assert torch.equal(got[1].ray_indices, want[1].ray_indices)
 
 
 def test_traversal_takes_what_is_known_of_the_rays():
@@ -715,10 +742,22 @@ def test_grid_looks_at_a_part_of_its_cells_after_the_warmup():
     grid.update_every_n_steps(16, lambda x: seen.append(x) or torch.ones(len(x), 1), warmup_steps=1)
     # a quarter of all, and as many of the occupied ones
     assert len(seen[0]) == 2 * 8**3 // 4
-    # cells chosen more than once fade once
+    # cells chosen more than once fade once, and the most that was seen there counts
     grid.occs.fill_(0.5)
-    grid.update_every_n_steps(32, lambda x: torch.zeros(len(x), 1), 0.01, 0.5, 1)
-    assert {*grid.occs.tolist()} == {0.25, 0.5}
+    want, seen = grid.occs.clone(), []
+
+    def falling(x):
+        seen.append(x)
+        return torch.linspace(1, 0, len(x))[:, None]
+
+    grid.update_every_n_steps(32, falling, 0.01, 0.5, 1)
+    i, j, k = ((seen[0] + 1) * 4).long().unbind(-1)
+    cells = ((i * 8 + j) * 8 + k).tolist()
+    assert len({*cells}) < len(cells)
+    want[cells] = 0.25
+    for cell, occ in zip(cells, falling(seen[0])[:, 0], strict=True):
+        want[cell] = max(want[cell], occ)
+    assert torch.equal(grid.occs, want)
     grid.eval()
     with pytest.raises(RuntimeError, match="must be in training mode, got eval"):
         grid.update_every_n_steps(0, ball)
@@ -736,6 +775,8 @@ def test_cells_that_no_camera_sees_stay_empty():
     seen = (x / z >= -0.25) & (x / z < 0.25) & (y / z >= -0.25) & (y / z < 0.25) & (z >= 1.25)
     assert torch.equal(grid.binaries[0], seen)
     assert seen.any()
+    grid._update(1, lambda x: torch.ones(len(x), 1), warmup_steps=0)
+    assert torch.equal(grid.occs.view(5, 5, 5) == -1, ~seen)
 
 
 def test_grid_says_what_is_wrong():
@@ -855,6 +896,49 @@ def test_what_is_not_here_is_an_import_error(modules):
 
 
 # ---- training
+
+
+@needs_nerfstudio
+def test_instant_ngp_of_nerfstudio_trains_on_a_cpu(monkeypatch):
+    pytest.importorskip("torchmetrics")
+    model_of, rays, renderers = (
+        imported(name)
+        for name in ("models.instant_ngp", "cameras.rays", "model_components.renderers")
+    )
+    # as after install(), if nerfstudio was not imported before
+    for module in (model_of, renderers):
+        monkeypatch.setattr(module, "nerfacc", ours)
+    field = functools.partial(model_of.NerfactoField, implementation="torch")
+    monkeypatch.setattr(model_of, "NerfactoField", field)
+    config = model_of.InstantNGPModelConfig(
+        grid_resolution=16, grid_levels=2, log2_hashmap_size=10, max_res=64
+    )
+    config.near_plane, config.far_plane, config.render_step_size = 0.05, 4.0, 0.1
+    box = imported("data.scene_box").SceneBox(torch.tensor([[-1.0, -1, -1], [1, 1, 1]]))
+    torch.manual_seed(0)
+    with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):
+        model = config.setup(scene_box=box, num_train_data=4, device="cpu", grad_scaler=None)
+    model.train()
+    (callback,) = model.get_training_callbacks(mock.MagicMock())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    d, one = torch.nn.functional.normalize(torch.randn(64, 3), dim=-1), torch.ones(64, 1)
+    bundle = rays.RayBundle(
+        *(torch.randn(64, 3) / 10, d, one),
+        camera_indices=torch.zeros(64, 1, dtype=torch.long),
+        nears=0.05 * one,
+        fars=4 * one,
+    )
+    batch, errors = {"image": torch.rand(64, 3)}, []
+    for step in range(20):
+        callback.run_callback(step=step)
+        outputs = model.get_outputs(bundle)
+        loss = model.get_loss_dict(outputs, batch)["rgb_loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert outputs["num_samples_per_ray"].sum() > 64
+    assert errors[-1] < 0.9 * errors[0]
 
 
 FOX = ROOT.parent / "shared" / "data" / "fox"
