@@ -154,7 +154,7 @@ def bwd(
     grads = tuple(empty_gradient(x, needs, i) for i, x in enumerate((w, f, target)))
     if R == 0:
         return tuple(grad.zero_() for grad in grads)
-    grid, tile = launch(R + 2, P, C, w.dtype)
+    grid, tile = launch(R, P, C, w.dtype, strays=2)
     packed_feature_distillation_loss_bwd_kernel[grid](
         *grads,
         d_loss,

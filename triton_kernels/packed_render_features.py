@@ -150,10 +150,17 @@ def store_rows(ptr, r, rows, mask, C):
     tl.store(ptr + (r * C)[:, None] + c, rows, mask=mask[:, None] & (c < C))
 
 
-def launch(R: int, P: int, C: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and the tile with its options: that of dense rays of the average length."""
-    grid, tile = render_features.launch(R, triton.cdiv(P, max(R, 1)), C, dtype)
-    return grid, {**tile, "BLOCK_LONG": tile["BLOCK_R"] * tile["BLOCK_S"]}
+def launch(
+    R: int, P: int, C: int, dtype: torch.dtype, strays: int = 0
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and the tile with its options: that of dense rays of the average length.
+
+    `strays` rays are of samples that belong to none. The tile is the same, so that both
+    directions render the same to the bit.
+    """
+    _, tile = render_features.launch(R, triton.cdiv(P, max(R, 1)), C, dtype)
+    block_long = tile["BLOCK_R"] * tile["BLOCK_S"]
+    return (triton.cdiv(R + strays, tile["BLOCK_R"]),), {**tile, "BLOCK_LONG": block_long}
 
 
 def fwd(w: Tensor, f: Tensor, offsets: Tensor) -> Tensor:
@@ -169,7 +176,7 @@ def bwd(
 ) -> tuple[Tensor, Tensor]:
     R, (P, C) = len(offsets) - 1, f.shape
     d_w, d_f = empty_gradient(w, needs, 0), empty_gradient(f, needs, 1)
-    grid, tile = launch(R + 2, P, C, w.dtype)
+    grid, tile = launch(R, P, C, w.dtype, strays=2)
     packed_render_features_bwd_kernel[grid](
         d_w,
         d_f,
