@@ -187,6 +187,8 @@ setup(
     packages=[
         "rayfuse",
         "rayfuse.compat",
+        "rayfuse.compat.nerfacc",
+        "rayfuse.compat.nerfacc.estimators",
         "rayfuse.compat.nerfstudio",
         "rayfuse.ops",
         "rayfuse.train",
