@@ -779,6 +779,18 @@ def test_cells_that_no_camera_sees_stay_empty():
     assert torch.equal(grid.occs.view(5, 5, 5) == -1, ~seen)
 
 
+def test_samples_need_no_more_opacity_than_cells_have_on_average():
+    grid = ours.OccGridEstimator(BOX, 2)
+    grid._update(0, lambda x: torch.full((len(x), 1), 0.02))
+    o, d = some_rays()
+    field = dict(alpha_fn=lambda t0, t1, i: torch.full_like(t0, 0.05), early_stop_eps=0.0)
+    found = [
+        len(grid.sampling(o, d, render_step_size=0.5, **field, alpha_thre=thre)[0])
+        for thre in (0.0, 0.5)
+    ]
+    assert found[0] == found[1] > 0
+
+
 def test_grid_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"roi_aabb must have shape \[6\] and resolution \[3\]"):
         ours.OccGridEstimator([0, 1], 4)
