@@ -2,7 +2,7 @@
 // T_n, of n samples, remains for the background.
 // A warp owns a ray, a block a long one, a thread kItems samples of each tile. Forward: one pass
 // over memory. Backward: one, or two where a ray has several tiles:
-// d_x_i = (d_w_i - d_T_{i+1}) T_{i+1} - sum_{j>i} (d_w_j w_j + d_T_{j+1} T_{j+1}),
+// d_x_i = d_w_i T_{i+1} - sum_{j>i} (d_w_j w_j + d_T_j T_j), j up to n with w_n = 0,
 // d_sigma_i = d_x_i dt_i, d_dt_i = d_x_i sigma_i. docs/compositing.md
 #include "packed_tiles.h"
 #include "transmittance.h"
@@ -101,19 +101,21 @@ __global__ void __launch_bounds__(kBlock, 1)
         team, ray, false, kept,
         [&](const Tile& tile, Depths& depths) { Samples<A>(tile, all).scan(team, depths); },
         [&](const Tile& tile, Depths& depths) {
-          A d_w_here[kItems] = {}, d_passed[kItems] = {};
+          A d_w_here[kItems] = {}, d_light_here[kItems] = {};
           if (d_w) tile.load(d_w, d_w_here);
-          if (d_light) tile.load(d_light, d_passed, A(0), 1);
+          if (d_light) tile.load(d_light, d_light_here);
           Samples<A> samples(tile, all);
           samples.scan(team, depths);
+          // the last tile knows how deep the ray is
+          if (d_remaining && tile.first + Tile::kSize >= ray.end) {
+            behind.sum = d_remaining[ray.index] * exp_of(-depths.sum);
+          }
 #pragma unroll
           for (int i = kItems - 1; i >= 0; --i) {
-            if (d_remaining && tile.place(i) == ray.end - 1) d_passed[i] = d_remaining[ray.index];
             const A x = samples.x[i], light_i = exp_of(-samples.depth[i]);
-            const A passed = exp_of(-(samples.depth[i] + x));
-            const A later =
-                behind.add(team, d_w_here[i] * (light_i * -expm1_of(-x)) + d_passed[i] * passed);
-            const A d_x = (d_w_here[i] - d_passed[i]) * passed - later;
+            const A w_i = light_i * -expm1_of(-x);
+            const A later = behind.add(team, d_w_here[i] * w_i + d_light_here[i] * light_i);
+            const A d_x = d_w_here[i] * exp_of(-(samples.depth[i] + x)) - later;
             const A d_width = samples.medium(i).d_width(0, d_x);
             if (d_sigma) tile.store(d_sigma, i, d_x * samples.medium(i).width(0));
             if (d_t_starts) tile.store(d_t_starts, i, -d_width);

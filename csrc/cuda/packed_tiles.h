@@ -43,18 +43,18 @@ struct PackedTile {
     return reverse ? ray.begin + ray.end - 1 - place : place;
   }
 
-  // The values so many places on; `outside` where the ray has none.
+  // Those outside of the ray are `outside`.
   template <class T>
-  __device__ void load(const T* from, accumulator<T> (&to)[kItems], accumulator<T> outside = 0,
-                       int places = 0) const {
+  __device__ void load(const T* from, accumulator<T> (&to)[kItems],
+                       accumulator<T> outside = 0) const {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       to[i] = outside;
       // all lanes read, so that the warp's requests stay whole
       if (first + i * kThreads >= ray.end) continue;
-      const int64_t here = place(i) + places;
-      const accumulator<T> x = widen(from[sample_at(min(max(here, ray.begin), ray.end - 1))]);
-      if (ray.has(here)) to[i] = x;
+      const int64_t here = min(max(place(i), ray.begin), ray.end - 1);
+      const accumulator<T> x = widen(from[sample_at(here)]);
+      if (has(i)) to[i] = x;
     }
   }
   template <class T>
