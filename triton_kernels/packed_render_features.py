@@ -142,7 +142,7 @@ def load_rows(ptr, r, R, C, A: tl.constexpr, BLOCK_C: tl.constexpr):
     """The rows [C] of rays r; 0 for those that are none."""
     c = tl.arange(0, BLOCK_C)[None, :]
     row = tl.minimum(tl.maximum(r, 0), R - 1)
-    values = load(ptr + (row * C)[:, None] + c, (row >= 0)[:, None] & (c < C), A)
+    values = load(ptr + (row * C)[:, None] + c, c < C, A)
     return tl.where((r == row)[:, None], values, 0.0)
 
 
