@@ -631,9 +631,12 @@ class PackedContract(Contract):
         for i in self.offsets.values():
             name, x = self.spec.inputs[i], args[i]
             rule = f"{name} must have shape [R+1]"
-            yield f"{name} must be int64, got int32", TypeError, self.replaced(args, i, x.int())
-            yield rule, ValueError, self.replaced(args, i, x[None])
-            yield rule, ValueError, self.replaced(args, i, x[:0])
+            for message, error, wrong in (
+                (f"{name} must be int64, got int32", TypeError, x.int()),
+                (rule, ValueError, x[None]),
+                (rule, ValueError, x[:0]),
+            ):
+                yield message, error, self.required(self.replaced(args, i, wrong))
 
     def bad_offsets(self, offsets):
         P = offsets[-1].item()

@@ -79,7 +79,7 @@ def _losses(
 ):
     A: tl.constexpr = orientation_loss_ptr.dtype.element_ty
     if ORIENTATION:
-        dx, dy, dz = _triple((d_ptr + 3 * r)[:, None], (r < R)[:, None], A)
+        dx, dy, dz = _direction(d_ptr, r, R, A)
     orientation = tl.zeros(count.shape, A)
     orientation_lost = tl.zeros(count.shape, A)
     predicted = tl.zeros(count.shape, A)
@@ -180,7 +180,7 @@ def _gradients(
 ):
     is_ray = (r >= 0) & (r < R)
     if ORIENTATION:
-        dx, dy, dz = _triple((d_ptr + 3 * r)[:, None], is_ray[:, None], A)
+        dx, dy, dz = _direction(d_ptr, r, R, A)
         g_o = packed_values(d_orientation_loss_ptr, r, R)[:, None]
     if PREDICTED:
         g_p = packed_values(d_predicted_normal_loss_ptr, r, R)[:, None]
@@ -236,6 +236,13 @@ def _places(begin, count, b, BLOCK: tl.constexpr):
     """Samples of block b, and which of them exist."""
     s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     return begin[:, None] + s, s < count[:, None]
+
+
+@triton.jit
+def _direction(d_ptr, r, R, A: tl.constexpr):
+    """[rays, 1] of each component; anything for those that are no rays."""
+    ptrs = d_ptr + 3 * tl.minimum(tl.maximum(r, 0), R - 1)[:, None]
+    return tl.load(ptrs).to(A), tl.load(ptrs + 1).to(A), tl.load(ptrs + 2).to(A)
 
 
 @triton.jit

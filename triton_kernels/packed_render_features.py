@@ -141,7 +141,9 @@ def _places(begin, n, b, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
 def load_rows(ptr, r, R, C, A: tl.constexpr, BLOCK_C: tl.constexpr):
     """The rows [C] of rays r; 0 for those that are none."""
     c = tl.arange(0, BLOCK_C)[None, :]
-    return load(ptr + (r * C)[:, None] + c, ((r >= 0) & (r < R))[:, None] & (c < C), A)
+    row = tl.minimum(tl.maximum(r, 0), R - 1)
+    values = load(ptr + (row * C)[:, None] + c, c < C, A)
+    return tl.where((r == row)[:, None], values, 0.0)
 
 
 @triton.jit
@@ -176,6 +178,8 @@ def bwd(
 ) -> tuple[Tensor, Tensor]:
     R, (P, C) = len(offsets) - 1, f.shape
     d_w, d_f = empty_gradient(w, needs, 0), empty_gradient(f, needs, 1)
+    if R == 0:
+        return d_w.zero_(), d_f.zero_()
     grid, tile = launch(R, P, C, w.dtype, strays=2)
     packed_render_features_bwd_kernel[grid](
         d_w,
