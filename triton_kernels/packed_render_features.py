@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import render_features
 from .common import accumulator, add_exactly, empty_gradient, load, packed_rays
+from .render_features import launch as launch_dense
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def launch(
     `strays` rays are of samples that belong to none. The tile is the same, so that both
     directions render the same to the bit.
     """
-    _, tile = render_features.launch(R, triton.cdiv(P, max(R, 1)), C, dtype)
+    _, tile = launch_dense(R, triton.cdiv(P, max(R, 1)), C, dtype)
     block_long = tile["BLOCK_R"] * tile["BLOCK_S"]
     return (triton.cdiv(R + strays, tile["BLOCK_R"]),), {**tile, "BLOCK_LONG": block_long}
 
