@@ -314,7 +314,7 @@ void gradients(int64_t begin, int64_t end, const Options& options,
       if (options.has_mean()) {
         through_depth[i] =
             DepthGradient<A>(options.depth, depths, i, bounds(options, t_rays[i]), S, d_depth[r]);
-        d_weights.common[i] += through_depth[i].common;
+        d_weights.common[i] -= through_depth[i].scale * through_depth[i].mean;
         d_weights.scale[i] = through_depth[i].scale;
       } else if (options.depth == Depth::kMedian) {
         through_depth[i] = DepthGradient<A>(median(weights[i], S));

@@ -333,11 +333,11 @@ int64_t median(const A* w, int64_t S) {
   return k;
 }
 
-// Where the gradient of one ray's depth goes: to the weight of sample i common + scale place_i, or
+// Where the gradient of one ray's depth goes: to the weight of sample i scale (place_i - mean), or
 // all of it to one midpoint or edge.
 template <class A>
 struct DepthGradient {
-  A common = 0, scale = 0;
+  A common = 0, scale = 0, mean = 0;
   int64_t sample = -1, edge = -1;
 
   // Of the mean depth of ray r, which has S samples.
@@ -351,7 +351,7 @@ struct DepthGradient {
       (expected ? sample : edge) = expected ? S - 1 : S;
     } else {
       scale = (expected ? d_depth : d_depth * value) / depths.weight[r];
-      if (!depths.thin[r]) common = -(scale * depths.mean[r]);
+      if (!depths.thin[r]) mean = depths.mean[r];
     }
   }
   // Of the median, which is the midpoint of a sample.

@@ -113,7 +113,8 @@ __attribute__((noinline)) RAYFUSE_KERNEL void back_to_samples(
     vec<A> g = broadcast(through_depth.common), d_mid = {}, d_width = {};
     if (products) g += load(products + k);
     if (is_mean(options.depth)) {
-      g += through_depth.scale * place<A>(options.depth, here.mid);
+      // subtracted first: 1 / sum w may be large
+      g += through_depth.scale * (place<A>(options.depth, here.mid) - through_depth.mean);
       d_mid = d_midpoint<A>(options.depth, here.mid, through_depth.scale * here.w);
     }
     if (options.density) {
