@@ -127,11 +127,11 @@ V sum_each(V (&x)[n]) {
 
 // ---- the features of one ray
 
-// Adds a piece; what that rounds off is added with the next one.
+// Adds a piece; what that rounds off is added with the next one. An infinite sum stays one.
 template <class V>
 void add_piece(V piece, V& sum, V& lost) {
-  const V term = piece - lost, next = sum + term;
-  lost = (next - sum) - term;
+  const V term = piece - lost, next = sum + term, off = (next - sum) - term;
+  lost = off == off ? off : V{};
   sum = next;
 }
 

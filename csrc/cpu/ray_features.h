@@ -129,8 +129,9 @@ class RayFeatures {
       }
       for_registers<A>(C_, [&](int64_t c, auto) {
         const vec<A> before = load(sum + c), term = load(near_ + c) - load(lost_ + c);
-        const vec<A> after = before + term;
-        store(lost_ + c, (after - before) - term);
+        const vec<A> after = before + term, off = (after - before) - term;
+        // an infinite sum stays one
+        store(lost_ + c, off == off ? off : vec<A>{});
         store(sum + c, after);
       });
     }
