@@ -73,7 +73,8 @@ def packed_normal_losses(
     rays = PackedRays(offsets, len(w))
     orientation = predicted = w.new_zeros(len(offsets) - 1)
     if d is not None:
-        d_here = d[rays.ray]
+        # the way back adds up in order, whatever the number of threads
+        d_here = d.index_select(0, rays.ray)
         away = (n * d_here).sum(-1)
         seen = away > 0 if nan == "drop" else ~(away <= 0)
         # selected before the product as well: 0 times what is not finite would be a gradient of NaN
