@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -184,13 +184,6 @@ setup(
     distclass=PlatformDistribution,
     cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": AnyPythonWheel},
     package_dir={"": "python", "rayfuse.triton_kernels": "triton_kernels"},
-    packages=[
-        "rayfuse",
-        "rayfuse.compat",
-        "rayfuse.compat.nerfstudio",
-        "rayfuse.ops",
-        "rayfuse.train",
-        "rayfuse.triton_kernels",
-    ],
+    packages=[*find_packages("python"), "rayfuse.triton_kernels"],
     package_data={"rayfuse.train": ["*.j2"]},
 )

@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    report.pages = {item.cls.op.op.name: item.cls.page for item in session.items if item.cls}
+    report.pages = {item.cls().stem: item.cls.page for item in session.items if item.cls}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -134,7 +134,10 @@ class Contract:
         return value.detach(), torch.autograd.grad(value, [args[i] for i in self.differentiable()])
 
     def assert_as_right_as_torch(self, args, what="", variant=None):
-        """|ours - f64| <= |torch's own arithmetic in this dtype - f64| + a few roundings."""
+        """|ours - f64| <= |torch's own arithmetic in this dtype - f64| + a few roundings.
+
+        Returns our outputs and gradients.
+        """
         variant = self.variants[0] if variant is None else variant
         d_outputs = self.d_outputs(args, variant)
         ours = self.gradients(args, d_outputs, variant)
@@ -160,6 +163,7 @@ class Contract:
             error = (ours_.detach().cpu().double() - true_).abs()
             worst = (error / allowed).max().item()
             assert worst <= 1, f"{name} {what}: error is {worst:.2f} of what torch's own allows"
+        return ours
 
     def assert_equal(self, got, want, what=""):
         """Two results of `gradients`, to the bit."""
@@ -170,16 +174,18 @@ class Contract:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
     def test_values_and_gradients_are_as_right_as_torch(self, forced_backend, device, dtype):
-        for v, variant in enumerate(self.variants):
-            # what differs between variants does not depend on the leading shape
-            leading_shapes = LEADING if v == 0 else [(5,)]
-            for (i, sizes), leading in itertools.product(enumerate(self.sizes), leading_shapes):
+        for (v, variant), (i, sizes) in itertools.product(
+            enumerate(self.variants), enumerate(self.sizes)
+        ):
+            # what differs between variants, or sizes, does not depend on the leading shape
+            for leading in {(5,), LEADING[i % len(LEADING)]} if v == 0 else [(5,)]:
                 args = self.inputs(leading, dtype, device, seed=i, **sizes)
-                outputs, grads = self.gradients(args, variant=variant)
+                outputs, grads = self.assert_as_right_as_torch(
+                    args, f"at {sizes}, {leading}, {variant}", variant
+                )
                 sums = torch.promote_types(dtype, torch.float32)
                 assert all(y.dtype == sums for y in outputs)
                 assert all(g.dtype == dtype for g in grads)
-                self.assert_as_right_as_torch(args, f"at {sizes}, {leading}, {variant}", variant)
 
     @pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
     def test_half_precision_is_float32_rounded_once(self, forced_backend, device, dtype):
@@ -217,18 +223,26 @@ class Contract:
 
     def test_gradients_pass_gradcheck(self, forced_backend, device):
         args = self.leaves(self.inputs((3,), torch.float64, device))
+        # along one random direction where a call takes long: all values were compared with torch's
+        fast = forced_backend in EMULATED
         for variant in self.variants:
-            assert torch.autograd.gradcheck(lambda *a: self.outputs(a, variant), args)  # noqa: B023
+            assert torch.autograd.gradcheck(
+                lambda *a: self.outputs(a, variant),  # noqa: B023
+                args,
+                fast_mode=fast,
+            )
         if self.spec.is_loss:
             for reduction in ("mean", "sum"):
                 assert torch.autograd.gradcheck(
                     lambda *a: self.call(a, reduction=reduction),  # noqa: B023
                     args,
+                    fast_mode=True,
                 )
 
     def test_second_derivatives_pass_gradgradcheck(self, forced_backend, device):
         args = self.leaves(self.inputs((2,), torch.float64, device))
-        assert torch.autograd.gradgradcheck(lambda *a: self.call(a), args)
+        fast = forced_backend in EMULATED
+        assert torch.autograd.gradgradcheck(lambda *a: self.call(a), args, fast_mode=fast)
         # a gradient with a graph is the same gradient, whichever inputs want one
         for i in self.differentiable():
             one = self.leaves(args, [i])
@@ -351,13 +365,14 @@ class Contract:
 
     def test_result_is_the_same_to_the_bit_for_any_number_of_threads(self, forced_backend, device):
         threads = torch.get_num_threads()
+        has_threads = forced_backend.startswith("cpu")
         # so many rays that torch's own sum of them depends on the number of threads
-        for rays in (203,) if forced_backend in EMULATED else (100_003, 200_003):
+        for rays in (43,) if forced_backend in EMULATED else (100_003, 200_003):
             args = self.inputs((rays,), device=device, **self.sizes[2])
             d_outputs = self.d_outputs(args)
             results = []
             try:
-                for n in (1, 2, 3, 4, 2):
+                for n in (1, 2, 3, 4, 2) if has_threads else (1, 3):
                     torch.set_num_threads(n)
                     results.append(self.gradients(args, d_outputs))
                     if self.spec.is_loss:
@@ -399,13 +414,18 @@ class Contract:
             getattr(torch.ops.rayfuse, self.spec.name + suffix).default for suffix in ("", "_bwd")
         )
         places = len(self.spec.differentiable)
+        everything = (1 << places) - 1
+        # what a kernel returns against what was registered; the rest, which compiles, once
+        own = ("test_schema", "test_faketensor")
         for dtype in (torch.float64, torch.float16):
             tensors = self.inputs((2, 3), dtype, device)
             raw = self.spec.raw_arguments(tensors, **self.variants[0])
-            torch.library.opcheck(fwd, raw)
             d_outputs = self.d_outputs(tensors, self.variants[0])
-            for needs in {*(1 << i for i in range(places)), (1 << places) - 1}:
-                torch.library.opcheck(bwd, (*d_outputs, *raw, needs))
+            torch.library.opcheck(fwd, raw, test_utils=own)
+            for needs in {*(1 << i for i in range(places)), everything}:
+                torch.library.opcheck(bwd, (*d_outputs, *raw, needs), test_utils=own)
+        torch.library.opcheck(fwd, raw)
+        torch.library.opcheck(bwd, (*d_outputs, *raw, everything))
 
     def test_compiles_without_a_graph_break(self, forced_backend, device):
         torch.compiler.reset()
@@ -495,7 +515,8 @@ class Contract:
         rule = f"{name} must be float32 like {first}{narrow}, got float64"
         yield rule, TypeError, instead(last.double())
         yield f"{name} must be on {device}", ValueError, instead(last.to("meta"))
-        yield f"{name} must have shape", ValueError, instead(last[:3])
+        if arrays[at].leading:
+            yield f"{name} must have shape", ValueError, instead(last[:3])
         known = {letter for array in arrays[:at] for letter, _ in array.dims}
         for k, (letter, _) in enumerate(arrays[at].dims):
             if letter is None or letter in known:
@@ -523,10 +544,10 @@ class Contract:
             with pytest.raises(ValueError, match="must have shape"):
                 fwd(*self.spec.raw_arguments(short, **variant))
         d_outputs = self.d_outputs(args, self.variants[0])
-        d_outputs[0] = d_outputs[0][:6]
-        name, shape = f"d_{self.spec.outputs[0]}", list(d_outputs[0].shape)
-        want = rf"{name} must have shape \[7{str(shape)[2:-1]}\], got {re.escape(str(shape))}"
-        with pytest.raises(ValueError, match=want):
+        shape, d_outputs[0] = list(d_outputs[0].shape), d_outputs[0][:6]
+        got = list(d_outputs[0].shape)
+        want = f"d_{self.spec.outputs[0]} must have shape {shape}, got {got}"
+        with pytest.raises(ValueError, match=re.escape(want)):
             bwd(*d_outputs, *self.spec.raw_arguments(args, **self.variants[0]), 1)
 
     def test_reduction_and_denominator_are_checked(self, forced_backend, device):
@@ -563,6 +584,9 @@ class Contract:
 class PackedContract(Contract):
     """The same for ops on packed rays: the leading dimensions are a number of rays, and the sizes P
     and Q the samples or bins of each on average."""
+
+    # other sizes than the typical ones where there are a million samples
+    long_sizes: dict[str, int] = {}
 
     def __init_subclass__(cls):
         super().__init_subclass__()
@@ -610,9 +634,12 @@ class PackedContract(Contract):
         for i in self.offsets.values():
             name, x = self.spec.inputs[i], args[i]
             rule = f"{name} must have shape [R+1]"
-            yield f"{name} must be int64, got int32", TypeError, self.replaced(args, i, x.int())
-            yield rule, ValueError, self.replaced(args, i, x[None])
-            yield rule, ValueError, self.replaced(args, i, x[:0])
+            for message, error, wrong in (
+                (f"{name} must be int64, got int32", TypeError, x.int()),
+                (rule, ValueError, x[None]),
+                (rule, ValueError, x[:0]),
+            ):
+                yield message, error, self.required(self.replaced(args, i, wrong))
 
     def bad_offsets(self, offsets):
         P = offsets[-1].item()
@@ -698,12 +725,17 @@ class PackedContract(Contract):
             torch.testing.assert_close(ours, torch_)
             assert not self.spec.is_loss or (ours[0::3] == 0).all()
 
-    def test_one_long_ray_beside_many_short_ones(self, forced_backend, device):
-        long, many = (4_100, 40) if forced_backend in EMULATED else (1_000_000, 1_000_000)
+    # a million of both take the reference 15 s
+    @pytest.mark.parametrize("rays", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+    def test_one_long_ray_beside_many_short_ones(self, forced_backend, device, rays):
+        sizes = {**self.typical, **self.long_sizes}
+        most = rays // sizes.get("C", 1)
+        slow = forced_backend in EMULATED or forced_backend == "ref"
+        long, many = (4_100, 40) if slow else (most, most)
         lengths = torch.ones(many + 1, dtype=torch.int64)
         lengths[many // 2] = long
         counts = dict.fromkeys(self.offsets, many + long)
-        args = self.spec.sample((), **{**self.typical, "R": many + 1, **counts})
+        args = self.spec.sample((), **{**sizes, "R": many + 1, **counts})
         named = dict(zip(self.spec.inputs, args, strict=True))
         for i in self.offsets.values():
             named[self.spec.inputs[i]] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

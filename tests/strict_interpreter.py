@@ -7,6 +7,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+# numpy's functions of the integers that a kernel may overflow
+_EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 _bounds: list[tuple[int, int]] = []
 _patched: set[str] = set()
 
@@ -23,6 +25,12 @@ def install():
     executor.__call__ = np.errstate(all="ignore")(executor.__call__)
     interpreter.ScanOps.cumsum = _cumsum
     interpreter._patch_lang = _once_a_module(interpreter._patch_lang)
+    interpreter._get_np_dtype = _looked_up(interpreter._get_np_dtype)
+    tl.block_type.__init__ = _shared(tl.block_type.__init__)
+    tl.tensor.__init__ = _with_shape_of_its_type
+    semantic = type(interpreter.interpreter_semantic)
+    semantic.broadcast_impl_value = _unless_alike(semantic.broadcast_impl_value)
+    semantic.binary_op_sanitize_overflow_impl = _checked_sum
     # integers that overflow, and tl.device_assert
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, debug=True)
@@ -100,3 +108,63 @@ def _once_a_module(patch):
         return interpreter._LangPatchScope()
 
     return patch_once
+
+
+# ---- what took most of the time: types were made, named and compared for each value
+
+
+def _looked_up(numpy_type):
+    known = {}
+
+    def look_up(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = numpy_type(dtype)
+        return known[name]
+
+    return look_up
+
+
+def _shared(init):
+    known = {}
+
+    def share(self, element_ty, shape):
+        key = (element_ty.name, *(tl.constexpr(size).value for size in shape))
+        if key not in known:
+            init(self, element_ty, shape)
+            self.constant_shape = tl.tuple([tl.constexpr(size) for size in self.shape])
+            known[key] = vars(self)
+        self.__dict__ = known[key]
+
+    return share
+
+
+_OF_SCALARS = tl.tuple([])
+
+
+def _with_shape_of_its_type(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = (
+        (type.constant_shape, tl.constexpr(type.numel))
+        if type.is_block()
+        else (_OF_SCALARS, tl.constexpr(1))
+    )
+
+
+def _unless_alike(broadcast):
+    def unless_alike(self, lhs, rhs):
+        a, b = lhs.type, rhs.type
+        if a.is_block() and b.is_block() and a.shape.values == b.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    return unless_alike
+
+
+def _checked_sum(self, lhs, rhs, operation):
+    """As interpreted from eight operations of the language."""
+    kind = lhs.dtype
+    if kind.int_bitwidth < 64:
+        exact = _EXACT[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        inside = (kind.get_int_min_value() <= exact) & (exact <= kind.get_int_max_value())
+        assert inside.all(), f"int{kind.int_bitwidth} overflow in {operation.__name__}"

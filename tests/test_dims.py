@@ -38,8 +38,20 @@ def test_misfit_names_what_is_needed_and_where_it_comes_from(shapes, message):
 
 
 def test_array_without_leading_dimensions_takes_none():
-    with pytest.raises(ShapeError, match=r"k must have shape \[3\] \(from w\), got \[1, 3\]"):
+    with pytest.raises(ShapeError, match=r"k must have shape \[3\], got \[1, 3\]"):
         Signature.parse("w[..., S] k[3] -> out[...]").bind([(7, 2), (1, 3)])
+
+
+def test_misfit_names_the_input_that_each_size_comes_from():
+    sig = Signature.parse("t[..., S+1] t_env[..., E+1] w_env[..., E] f[..., S, E, C] -> out[...]")
+    with pytest.raises(ShapeError) as error:
+        sig.bind([(2, 5), (2, 9), (2, 7), (2, 4, 8, 3)])
+    want = "w_env must have shape [..., E] with ...=[2] (from t), E=8 (from t_env), got [2, 7]"
+    assert str(error.value) == want
+    with pytest.raises(
+        ShapeError, match=r"with ...=\[2\], S=4 \(from t\), E=8 \(from t_env\), got"
+    ):
+        sig.bind([(2, 5), (2, 9), (2, 8), (2, 4, 7, 3)])
 
 
 @pytest.mark.parametrize("text", ["t[S]", "t[s] -> x[]", "t[S*2] -> x[]", "t[..., ...] -> x[]"])

@@ -23,7 +23,7 @@ class TestFeatureDistillationLoss(Contract):
         yield from super().bad_calls(device)
         w, f, target = self.inputs(device=device)
         yield (
-            "target must have shape [..., C] with ...=[7], C=7 (from w), got [7, 6]",
+            "target must have shape [..., C] with ...=[7] (from w), C=7 (from f), got [7, 6]",
             ValueError,
             [w, f, target[:, :6]],
         )

@@ -83,6 +83,16 @@ class TestRayWeights(Contract):
         w, transmittance = self.call([torch.full_like(t[:1], torch.inf), t])
         assert (w.item(), transmittance.tolist()) == (1.0, [1.0, 0.0])
 
+    def test_wall_in_a_long_ray_is_no_nan(self, forced_backend, device):
+        """A sum that carries what it rounds off would turn inf - inf into NaN."""
+        S, wall = 9000, 100
+        sigma, t = torch.full((S,), 1e-3, device=device), torch.arange(S + 1.0, device=device)
+        sigma[wall] = torch.inf
+        (w, transmittance), grads = self.gradients([sigma, t])
+        torch.testing.assert_close(w.sum().item(), 1.0)
+        assert not transmittance[wall + 1 :].any()
+        assert all(grad.isfinite().all() for grad in grads)
+
     def test_opaque_background_stops_all_light(self, forced_backend, device):
         sigma, t = self.inputs(device=device)
         w, transmittance = self.call([sigma, t], {"opaque_background": True})

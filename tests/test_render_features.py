@@ -57,9 +57,10 @@ class TestRenderFeatures(Contract):
         same = f[:, :1].expand_as(f)
         torch.testing.assert_close(self.call([w, same]), w.sum(-1, keepdim=True) * same[:, 0])
 
-    def test_sample_without_weight_is_read_all_the_same(self, forced_backend, device):
+    @pytest.mark.parametrize("S", [5, 300])
+    def test_sample_without_weight_is_read_all_the_same(self, forced_backend, device, S):
         """As in torch: 0 * inf is NaN, and an infinite feature is not hidden."""
-        w, f = self.inputs((1,), device=device, S=5, C=3)
+        w, f = self.inputs((1,), device=device, S=S, C=3)
         w[0, 4], f[0, 4, 1], f[0, 2, 0] = 0, torch.inf, torch.inf
         w[0, 2] = 1
         features = self.call([w, f])[0]

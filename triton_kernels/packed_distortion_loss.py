@@ -48,7 +48,7 @@ def packed_distortion_loss_fwd_kernel(
             loss_one = _losses(
                 loss_ptr, t_starts_ptr, t_ends_ptr, w_ptr, begin_one, n_one, BLOCK_LONG
             )
-            tl.store(loss_ptr + one, loss_one, mask=n_one > 0)
+            tl.store(loss_ptr + one, loss_one, mask=(one < R) & (n_one > 0))
 
 
 @triton.jit

@@ -4,281 +4,31 @@
 // Forward: one pass over memory. Backward: one, with all heads in the gradient of a weight:
 // g_i = d_features . (f_i - background) + d_accumulation + d_depth (s_i - depth) / sum_i w_i,
 // d_f_i = w_i d_features; for densities then the way back of ray_weights. docs/compositing.md
+#include "compositing.h"
 #include "transmittance.h"
 
+#include <array>
 #include <vector>
 
 namespace rayfuse {
 namespace {
 
-enum class Depth : int64_t { kExpected, kLogMean, kMedian, kNone };
-
-// So many samples add up in one level: 2^16 lose no more to rounding than a few hundred do.
-constexpr int64_t kPiece = 512;
-// Interleaved channels are taken apart in registers up to so many.
-constexpr int kFewChannels = 4;
-
-template <class A>
-constexpr A kExpectedEps = A(1e-10);
-template <class A>
-constexpr A kLogMeanEps = std::numeric_limits<float>::epsilon();
-
-// ---- rows
-
-// The first n values at p, any number of which may exist.
-template <class T>
-vec<accumulator<T>> load_some(const T* p, int64_t n) {
-  if (n >= kLanes<accumulator<T>>) return load(p);
-  return load(p, std::max<int64_t>(n, 0));
-}
-template <class T>
-void store_some(T* p, vec<accumulator<T>> x, int64_t n) {
-  if (n >= kLanes<accumulator<T>>) return store(p, x);
-  if (n > 0) store(p, x, n);
-}
-
-// f(k) for the registers of a row.
-template <class A, class F>
-void along(int64_t begin, int64_t end, const F& f) {
-  for (int64_t k = begin; k < end; k += kLanes<A>) f(k);
-}
-
-// ---- C interleaved channels of kLanes samples, in C registers
-
-// Registers v and v + 1, ... of n, laid end to end, from value `from` on; zeros follow.
-template <int from, class V, int n>
-V window_of(const V (&x)[n]) {
-  constexpr int v = from / kLanesOf<V>, lane = from % kLanesOf<V>;
-  const V low = v < n ? x[v < n ? v : 0] : V{};
-  if constexpr (lane == 0) return low;
-  const V high = v + 1 < n ? x[v + 1 < n ? v + 1 : 0] : V{};
-  return window<lane>(low, high);
-}
-
-// Register v of a value for each sample, repeated for its channels.
-template <int C, int v, class V>
-V repeat_each(V x) {
-  return [&]<int... i>(std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(x, x, ((v * kLanesOf<V> + i) / C)...);
-  }(std::make_integer_sequence<int, kLanesOf<V>>());
-}
-
-// Channel c of each sample.
-template <int c, int v = 1, class V, int C>
-V channel_of(const V (&x)[C], V found) {
-  constexpr int n = kLanesOf<V>;
-  if constexpr (v >= C) {
-    return found;
-  } else {
-    return channel_of<c, v + 1>(x, [&]<int... i>(std::integer_sequence<int, i...>) {
-      return __builtin_shufflevector(found, x[v],
-                                     ((i * C + c) / n == v        ? n + (i * C + c) % n
-                                      : v == 1 && (i * C + c) < n ? i * C + c
-                                                                  : i)...);
-    }(std::make_integer_sequence<int, n>()));
-  }
-}
-
-// The sum over the channels of each sample.
-template <class V, int C>
-V sum_channels(const V (&x)[C]) {
-  return [&]<int... c>(std::integer_sequence<int, c...>) {
-    return (... + channel_of<c>(x, x[0]));
-  }(std::make_integer_sequence<int, C>());
-}
-
-// The sums over the samples, of channel c in lane c, counted over the registers.
-template <int samples, class V, int C>
-void sum_samples_of(V (&x)[C]) {
-  if constexpr (samples > 1) {
-    [&]<int... v>(std::integer_sequence<int, v...>) {
-      const V high[] = {window_of<samples / 2 * C + v * kLanesOf<V>>(x)...};
-      (..., (x[v] += high[v]));
-    }(std::make_integer_sequence<int, C>());
-    sum_samples_of<samples / 2>(x);
-  }
-}
-
-// f(v) for the registers of C channels, unrolled.
-template <int C, class F>
-void each_register(const F& f) {
-  [&]<int... v>(std::integer_sequence<int, v...>) {
-    (..., f(std::integral_constant<int, v>()));
-  }(std::make_integer_sequence<int, C>());
-}
-
-// Lane i of the result is the sum of the lanes of x[i].
-template <class V, int n>
-V sum_each(V (&x)[n]) {
-  if constexpr (n == 1) {
-    return x[0];
-  } else {
-    constexpr int lanes = kLanesOf<V>, half = n / 2;
-    V halves[half];
-    const auto pair = [&]<int offset, int... i>(V a, V b, std::integer_sequence<int, i...>) {
-      return __builtin_shufflevector(
-          a, b, (i / n * n + offset * half + i % half + (i / half % 2) * lanes)...);
-    };
-    constexpr auto lane = std::make_integer_sequence<int, lanes>();
-    for (int i = 0; i < half; ++i) {
-      const V a = x[i], b = x[i + half];
-      halves[i] = pair.template operator()<0>(a, b, lane) + pair.template operator()<1>(a, b, lane);
-    }
-    return sum_each(halves);
-  }
-}
-
-// ---- the features of one ray
-
-// sums_c = sum_i w_i f_ic
-template <int C, class F>
-void add_few(const accumulator<F>* w, const F* f, int64_t S, accumulator<F>* sums) {
-  using A = accumulator<F>;
-  constexpr int N = kLanes<A>;
-  std::fill(sums, sums + C, A(0));
-  for (int64_t begin = 0; begin < S; begin += kPiece) {
-    vec<A> piece[C] = {};
-    along<A>(begin, std::min(begin + kPiece, S), [&](int64_t k) {
-      const vec<A> w_here = load_some(w + k, S - k);
-      each_register<C>([&](auto v) {
-        const int64_t at = k * C + v * N;
-        const vec<A> f_here = load_some(f + at, S * C - at);
-        piece[v] = multiply_add(repeat_each<C, v>(w_here), f_here, piece[v]);
-      });
-    });
-    sum_samples_of<N>(piece);
-    for (int c = 0; c < C; ++c) sums[c] += piece[c / N][c % N];
-  }
-}
-template <class F>
-void add_many(const accumulator<F>* w, const F* f, int64_t S, int64_t C, accumulator<F>* sums) {
-  using A = accumulator<F>;
-  constexpr int kAtOnce = 4;
-  along<A>(0, C, [&](int64_t c) {
-    vec<A> total = {};
-    for (int64_t begin = 0; begin < S; begin += kPiece) {
-      const int64_t end = std::min(begin + kPiece, S);
-      vec<A> piece[kAtOnce] = {};
-      int64_t i = begin;
-      for (; i + kAtOnce <= end; i += kAtOnce) {
-        for (int j = 0; j < kAtOnce; ++j) {
-          piece[j] += w[i + j] * load_some(f + (i + j) * C + c, C - c);
-        }
-      }
-      for (; i < end; ++i) piece[0] += w[i] * load_some(f + i * C + c, C - c);
-      total += (piece[0] + piece[1]) + (piece[2] + piece[3]);
-    }
-    store_some(sums + c, total, C - c);
-  });
-}
-
-// products_i = sum_c d_features_c f_ic for S samples and the rest of a register; d_f_ic = w_i
-// d_features_c unless d_f is null.
-template <int C, class F>
-void gradients_few(const accumulator<F>* w, const F* f, int64_t S, const accumulator<F>* d_features,
-                   accumulator<F>* products, F* d_f) {
-  using A = accumulator<F>;
-  constexpr int N = kLanes<A>;
-  vec<A> scale[C];
-  each_register<C>([&](auto v) {
-    [&]<int... i>(std::integer_sequence<int, i...>) {
-      if constexpr (C <= N) {
-        const vec<A> once = load_some(d_features, C);
-        scale[v] = __builtin_shufflevector(once, once, ((v * N + i) % C)...);
-      } else {
-        scale[v] = vec<A>{d_features[(v * N + i) % C]...};
-      }
-    }(std::make_integer_sequence<int, N>());
-  });
-  along<A>(0, S, [&](int64_t k) {
-    vec<A> product[C];
-    each_register<C>([&](auto v) {
-      const int64_t at = k * C + v * N;
-      product[v] = scale[v] * load_some(f + at, S * C - at);
-    });
-    store(products + k, sum_channels(product));
-    if (!d_f) return;
-    const vec<A> w_here = load_some(w + k, S - k);
-    each_register<C>([&](auto v) {
-      const int64_t at = k * C + v * N;
-      store_some(d_f + at, repeat_each<C, v>(w_here) * scale[v], S * C - at);
-    });
-  });
-}
-template <class F>
-void gradients_many(const accumulator<F>* w, const F* f, int64_t S, int64_t C,
-                    const accumulator<F>* d_features, accumulator<F>* products, F* d_f) {
-  using A = accumulator<F>;
-  constexpr int N = kLanes<A>;
-  along<A>(0, S, [&](int64_t k) {
-    vec<A> rows[N] = {};
-    const int count = std::min<int64_t>(N, S - k);
-    along<A>(0, C, [&](int64_t c) {
-      const vec<A> scale = load_some(d_features + c, C - c);
-      for (int i = 0; i < count; ++i) {
-        const int64_t at = (k + i) * C + c;
-        rows[i] += scale * load_some(f + at, C - c);
-        if (d_f) store_some(d_f + at, w[k + i] * scale, C - c);
-      }
-    });
-    store(products + k, sum_each(rows));
-  });
-}
-
 // The rays of a block: rows of weights [S], features [S, C] end to end.
 template <class F>
-__attribute__((noinline)) RAYFUSE_KERNEL void add_features(const Rays<const accumulator<F>>& w,
-                                                           const F* f, int64_t S, int64_t C,
-                                                           accumulator<F>* sums) {
-  for (int i = 0; i < w.count; ++i, f += S * C, sums += C) {
-    if (C == 3) {
-      add_few<3>(w[i], f, S, sums);
-    } else if (C == 1) {
-      add_few<1>(w[i], f, S, sums);
-    } else if (C == 4) {
-      add_few<4>(w[i], f, S, sums);
-    } else {
-      add_many(w[i], f, S, C, sums);
-    }
-  }
+__attribute__((noinline)) RAYFUSE_KERNEL void add_block_features(
+    const Rays<const accumulator<F>>& w, const F* f, int64_t S, int64_t C, accumulator<F>* sums) {
+  for (int i = 0; i < w.count; ++i) add_features(w[i], f + i * S * C, S, C, sums + i * C);
 }
 template <class F>
-__attribute__((noinline)) RAYFUSE_KERNEL void feature_gradients(
+__attribute__((noinline)) RAYFUSE_KERNEL void block_feature_gradients(
     const Rays<const accumulator<F>>& w, const F* f, int64_t S, int64_t C,
-    const accumulator<F>* d_features, const Rays<accumulator<F>>& products, F* d_f) {
-  for (int i = 0; i < w.count; ++i, f += S * C, d_features += C) {
-    if (C == 3) {
-      gradients_few<3>(w[i], f, S, d_features, products[i], d_f);
-    } else if (C == 1) {
-      gradients_few<1>(w[i], f, S, d_features, products[i], d_f);
-    } else if (C == 4) {
-      gradients_few<4>(w[i], f, S, d_features, products[i], d_f);
-    } else {
-      gradients_many(w[i], f, S, C, d_features, products[i], d_f);
-    }
-    if (d_f) d_f += S * C;
+    const accumulator<F>* d_features, const Rays<accumulator<F>>& products, F* d_f,
+    bool past_cache) {
+  for (int i = 0; i < w.count; ++i) {
+    const int64_t at = i * S * C;
+    feature_gradients(w[i], f + at, S, C, d_features + i * C, products[i], d_f ? d_f + at : nullptr,
+                      past_cache);
   }
-}
-
-// What stands behind the samples of one ray: nothing, a background, or the last of the samples.
-template <class T, class F>
-const accumulator<T>* behind_samples(const T* background, const F* last_f, int64_t C,
-                                     accumulator<T>* behind) {
-  if (!last_f && !background) return nullptr;
-  for (int64_t c = 0; c < C; ++c) behind[c] = last_f ? widen(last_f[c]) : widen(background[c]);
-  return behind;
-}
-
-// Not inlined, so that products and sums are fused alike whatever the type of f.
-template <class A>
-__attribute__((noinline)) void blend(A light, const A* behind, int64_t C, A* features) {
-  for (int64_t c = 0; c < C; ++c) features[c] += light * behind[c];
-}
-template <class A>
-__attribute__((noinline)) A dot(const A* x, const A* y, int64_t C) {
-  A sum = 0;
-  for (int64_t c = 0; c < C; ++c) sum += x[c] * y[c];
-  return sum;
 }
 
 // ---- weights and depth of a block of rays
@@ -289,18 +39,12 @@ struct Options {
   Depth depth;
   bool density, last_sample;
 
-  bool has_mean() const { return S && (depth == Depth::kExpected || depth == Depth::kLogMean); }
+  bool has_mean() const { return S && is_mean(depth); }
 };
 
-// What the mean depth is the mean of.
 template <class A>
 Block<A> places(Depth depth, const Block<A>& mid) {
-  if (depth == Depth::kExpected) return mid;
-  constexpr A kTiny = std::numeric_limits<A>::min();
-  return each_column<A>([&](int j) {
-    const vec<A> s = mid.column[j];
-    return log_of<A>(s < kTiny ? kTiny - vec<A>{} : s);
-  });
+  return each_column<A>([&](int j) { return place<A>(depth, mid.column[j]); });
 }
 
 // What the pass from the left leaves for the way back.
@@ -310,10 +54,20 @@ struct Kept {
   Block<A> mid;
 };
 
-// A value for each ray of a block: of ray r in lane r.
-template <class A>
-struct RayValues {
-  vec<A> accumulation = {}, moment = {};  // sum_i w_i, sum_i w_i place_i
+// What is read after the pass from the left: the features of its rays, edges and weights of the
+// next ones. Asked for piece by piece, so that memory works while the pass computes.
+struct Soon {
+  struct Bytes {
+    const char* begin;
+    int64_t of_each_sample;
+  };
+  std::array<Bytes, 3> arrays;
+
+  void prefetch(int64_t begin, int64_t end) const {
+    for (const auto& [from, each] : arrays) {
+      for (int64_t at = begin * each; at < end * each; at += 64) __builtin_prefetch(from + at);
+    }
+  }
 };
 
 // The pass from the left over `count` rays. Weights from densities, or of half precision, also go
@@ -321,13 +75,15 @@ struct RayValues {
 template <bool long_rays, class T>
 __attribute__((noinline)) RAYFUSE_KERNEL RayValues<accumulator<T>> weigh(
     const Options& options, const Rays<const T>& t, const Rays<const T>& w,
-    const Rays<accumulator<T>>& w_rows, Kept<accumulator<T>>* kept, bool with_d_t) {
+    const Rays<accumulator<T>>& w_rows, Kept<accumulator<T>>* kept, bool with_d_t,
+    const Soon& soon) {
   using A = accumulator<T>;
   const int64_t S = options.S;
   LightPass<T, long_rays> pass{w, t, S, false};
   LevelledSum<A, long_rays> accumulation, moment;
   const bool with_mean = options.has_mean();
   along<A>(0, S, [&](int64_t k) {
+    soon.prefetch(k, k + kLanes<A>);
     if (options.density) {
       pass.step(k);
     } else {
@@ -351,27 +107,6 @@ __attribute__((noinline)) RAYFUSE_KERNEL RayValues<accumulator<T>> weigh(
   return {sum_samples<A>(accumulation.total()), sum_samples<A>(moment.total())};
 }
 
-// Where the depths of a block of rays lie, and how they depend on the weights.
-template <class A>
-struct RayDepths {
-  vec<A> value = {}, weight = {}, mean = {};
-  bool thin[kRays<A>] = {};
-
-  RayDepths(const Options& options, const RayValues<A>& sums) {
-    if (!options.has_mean()) return;
-    const vec<A> total = sums.accumulation;
-    if (options.depth == Depth::kExpected) {
-      weight = total + kExpectedEps<A>;
-      value = mean = sums.moment / weight;
-    } else {
-      weight = total < kLogMeanEps<A> ? kLogMeanEps<A> - vec<A>{} : total;
-      mean = sums.moment / weight;
-      value = exp_of<A>(mean);
-      for (int r = 0; r < kRays<A>; ++r) thin[r] = total[r] < kLogMeanEps<A>;
-    }
-  }
-};
-
 // The bounds of a mean depth along a ray.
 template <class T>
 std::pair<accumulator<T>, accumulator<T>> bounds(const Options& options, const T* t) {
@@ -379,14 +114,6 @@ std::pair<accumulator<T>, accumulator<T>> bounds(const Options& options, const T
   const int64_t S = options.S;
   if (options.depth == Depth::kLogMean) return {widen(t[0]), widen(t[S])};
   return {A(0.5) * (widen(t[0]) + widen(t[1])), A(0.5) * (widen(t[S - 1]) + widen(t[S]))};
-}
-
-// The first sample at which the weights reach a half; summed in double, as torch does.
-template <class A>
-int64_t median(const A* w, int64_t S) {
-  int64_t k = 0;
-  for (double sum = w[0]; sum < 0.5 && k < S - 1;) sum += w[++k];
-  return k;
 }
 
 // The gradients of weights, as far as they do not go through the features, of ray r in lane r:
@@ -421,10 +148,8 @@ __attribute__((noinline)) RAYFUSE_KERNEL void back_to_weights(
       g = each_column<A>([&](int j) { return g.column[j] + scale * place.column[j]; });
       if (with_d_t) {
         d_mid.store_at(k, N, each_column<A>([&](int j) {
-                         const vec<A> s = kept[i].mid.column[j];
                          const vec<A> d_place = scale * kept[i].light.w.column[j];
-                         if (options.depth == Depth::kExpected) return d_place;
-                         return s < std::numeric_limits<A>::min() ? vec<A>{} : d_place / s;
+                         return d_midpoint<A>(options.depth, kept[i].mid.column[j], d_place);
                        }));
       }
     }
@@ -465,6 +190,20 @@ Rays<const accumulator<T>> weights_of(const Options& options, const Rays<const T
   return {rows.first, rows.stride, rows.count};
 }
 
+// After rays first.. of those up to `end`.
+template <class T, class F>
+Soon soon(const Options& options, int64_t first, int64_t count, int64_t end, const T* t, const T* w,
+          const F* f) {
+  const int64_t S = options.S, next = first + count;
+  const auto bytes = [](const auto* p, int64_t at, int64_t each) {
+    return Soon::Bytes{reinterpret_cast<const char*>(p ? p + at : p),
+                       p ? each * int64_t{sizeof *p} : 0};
+  };
+  const int64_t rays = std::min<int64_t>(count, end - next);
+  return {{bytes(f, first * S * options.C, count * options.C), bytes(t, next * (S + 1), rays),
+           bytes(w, next * S, rays)}};
+}
+
 // Rays begin..end.
 template <bool long_rays, class T, class F>
 void composite(int64_t begin, int64_t end, const Options& options,
@@ -483,14 +222,15 @@ void composite(int64_t begin, int64_t end, const Options& options,
     const int count = std::min<int64_t>(kRays<A>, end - first);
     const Rays<const T> t_rays{t + first * (S + 1), S + 1, count}, given{w + first * S, S, count};
     const Rays<A> rows = w_rows.rays(count);
-    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, nullptr, false);
+    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, nullptr, false,
+                                                  soon(options, first, count, end, t, w, f));
     const Rays<const A> weights = weights_of(options, given, rows);
     if (f) {
-      add_features(weights, f + first * S * C, S, C, features + first * C);
+      add_block_features(weights, f + first * S * C, S, C, features + first * C);
     } else {
       std::fill(features + first * C, features + (first + count) * C, A(0));
     }
-    const RayDepths<A> depths(options, sums);
+    const RayDepths<A> depths(options.depth, sums);
     for (int i = 0; i < count; ++i) {
       const int64_t r = first + i;
       accumulation[r] = sums.accumulation[i];
@@ -517,6 +257,7 @@ struct Gradients {
   T* w;           // [R, S] or null
   F* f;           // [R, S, C] or null
   T* background;  // [R, C] or null
+  bool f_past_cache;
 };
 
 // Rays begin..end.
@@ -541,22 +282,19 @@ void gradients(int64_t begin, int64_t end, const Options& options,
     const int count = std::min<int64_t>(K, end - first);
     const Rays<const T> t_rays{t + first * (S + 1), S + 1, count}, given{w + first * S, S, count};
     const Rays<A> rows = w_rows.rays(count), g = g_rows.rays(count);
-    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, kept.data(), d.t);
+    const RayValues<A> sums = weigh<long_rays, T>(options, t_rays, given, rows, kept.data(), d.t,
+                                                  soon(options, first, count, end, t, w, f));
     const Rays<const A> weights = weights_of(options, given, rows);
     const A* d_features_here = d_features ? d_features + first * C : no_gradient.data();
     const bool last_behind = options.last_sample && f && S;
     if (f) {
-      feature_gradients(weights, f + first * S * C, S, C, d_features_here, g,
-                        d.f ? d.f + first * S * C : nullptr);
+      block_feature_gradients(weights, f + first * S * C, S, C, d_features_here, g,
+                              d.f ? d.f + first * S * C : nullptr, d.f_past_cache);
     }
 
-    const RayDepths<A> depths(options, sums);
+    const RayDepths<A> depths(options.depth, sums);
     WeightGradients<A> d_weights;
-    // what depth gives to midpoints and edges where it depends on no weight
-    struct {
-      int64_t sample, edge;
-      A d_depth;
-    } fixed[K] = {};
+    DepthGradient<A> through_depth[K];
     for (int i = 0; i < count; ++i) {
       const int64_t r = first + i;
       const A light = 1 - sums.accumulation[i];
@@ -572,21 +310,14 @@ void gradients(int64_t begin, int64_t end, const Options& options,
       for (int64_t c = 0; d.background && c < C; ++c) {
         d.background[r * C + c] = narrow<T>(light * d_features_r[c]);
       }
-      fixed[i] = {-1, -1, d_depth ? d_depth[r] : A(0)};
       if (!d_depth || !S) continue;
       if (options.has_mean()) {
-        const auto [least, most] = bounds(options, t_rays[i]);
-        const A value = depths.value[i];
-        const bool expected = options.depth == Depth::kExpected;
-        if (value < least || value > most) {
-          (expected ? fixed[i].sample : fixed[i].edge) = value < least ? 0 : expected ? S - 1 : S;
-        } else {
-          const A scale = (expected ? d_depth[r] : d_depth[r] * value) / depths.weight[i];
-          d_weights.scale[i] = scale;
-          if (!depths.thin[i]) d_weights.common[i] -= scale * depths.mean[i];
-        }
+        through_depth[i] =
+            DepthGradient<A>(options.depth, depths, i, bounds(options, t_rays[i]), S, d_depth[r]);
+        d_weights.common[i] -= through_depth[i].scale * through_depth[i].mean;
+        d_weights.scale[i] = through_depth[i].scale;
       } else if (options.depth == Depth::kMedian) {
-        fixed[i].sample = median(weights[i], S);
+        through_depth[i] = DepthGradient<A>(median(weights[i], S));
       }
     }
 
@@ -598,7 +329,8 @@ void gradients(int64_t begin, int64_t end, const Options& options,
     }
     for (int i = 0; d.t && i < count; ++i) {
       T* const d_t = d.t + (first + i) * (S + 1);
-      const auto [sample, edge, d_depth_r] = fixed[i];
+      const int64_t sample = through_depth[i].sample, edge = through_depth[i].edge;
+      const A d_depth_r = d_depth ? d_depth[first + i] : A(0);
       if (sample >= 0) d_mid[i][sample] += d_depth_r;
       A from_left = edge == 0 ? d_depth_r : A(0);
       for (int64_t k = 0; k < S; ++k) {
@@ -609,32 +341,17 @@ void gradients(int64_t begin, int64_t end, const Options& options,
       d_t[S] = narrow<T>(from_left + (edge == S && S ? d_depth_r : A(0)));
     }
   }
+  if (d.f_past_cache) finish_stream();
 }
 
 }  // namespace
 }  // namespace rayfuse
 
+#include "compositing_registration.h"
 #include "large_memory.h"
-#include "registration.h"
 
 namespace rayfuse {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
-
-// The element types: f's may be half of the others'.
-template <class Call>
-void dispatch_pair(const Tensor& t, const MaybeTensor& f, const Call& call) {
-  dispatch(t, [&](auto type) {
-    if constexpr (std::is_same_v<decltype(type), float>) {
-      if (f && is_half(*f)) {
-        if (f->scalar_type() == ScalarType::Half) return call(type, half{});
-        return call(type, bfloat16{});
-      }
-    }
-    call(type, type);
-  });
-}
 
 Options options_of(const Tensor& w, const MaybeTensor& f, const MaybeTensor& background,
                    int64_t depth, bool density, bool last_sample) {
@@ -687,9 +404,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(MaybeTensor d_features, MaybeTens
     const A* d_accumulation_ptr = data<A>(d_accumulation);
     const T *t_ptr = data<T>(t), *w_ptr = data<T>(w), *background_ptr = data<T>(background);
     const F* f_ptr = data<F>(f);
-    const Gradients<T, F> d{mutable_data<T>(d_t), mutable_data<T>(d_w), mutable_data<F>(d_f),
-                            mutable_data<T>(d_background)};
     const int64_t S = options.S;
+    const Gradients<T, F> d{mutable_data<T>(d_t), mutable_data<T>(d_w), mutable_data<F>(d_f),
+                            mutable_data<T>(d_background),
+                            is_large(d_f) && S * options.C % kLanes<A> == 0};
     for_rays<A>(t.numel() / (S + 1), S * (2 + options.C), [=](int64_t begin, int64_t end) {
       as_constant(is_long<A>(S), [=](auto long_rays) {
         gradients<long_rays>(begin, end, options, d_features_ptr, d_depth_ptr, d_accumulation_ptr,

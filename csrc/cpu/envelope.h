@@ -1,6 +1,6 @@
 // The bins of an envelope in which the edges of a ray lie, the weight between them, and the way
-// back: what outer_bound and interlevel_loss share. Bins -1 and E are what lies outside, and weigh
-// nothing. Derivation: docs/interlevel.md.
+// back: what outer_bound and the interlevel losses share. Bins -1 and E are what lies outside, and
+// weigh nothing. Derivation: docs/interlevel.md.
 #pragma once
 
 #include <limits>
@@ -67,7 +67,13 @@ class Sorted {
  public:
   static constexpr int kNode = 16, kAtOnce = 4, kPadding = kAtOnce * kLanes<A>;
 
-  explicit Sorted(int64_t n) : n_(n), nodes_(n / kNode + 3) {}
+  explicit Sorted(int64_t n) { resize(n); }
+
+  void resize(int64_t n) {
+    n_ = n;
+    const size_t nodes = n / kNode + 3;
+    if (nodes_.size() < nodes) nodes_.resize(nodes);
+  }
 
   // Where the n values are written, with two more at -1 and n.
   A* values() { return reinterpret_cast<A*>(nodes_.data()) + kNode; }
@@ -333,5 +339,23 @@ class Envelope {
   std::vector<A> w_outer_, sums_;          // w_outer from -1
   std::vector<T> last_rows_;
 };
+
+// What of samples is not covered, and its ratio to their weight; exactly 0 where all is.
+template <class A>
+struct Uncovered {
+  vec<A> r, u;
+
+  Uncovered(vec<A> w, vec<A> w_outer, A eps) {
+    const vec<A> zero = {}, rest = w - w_outer;
+    r = rest <= zero ? zero : rest;
+    u = rest <= zero ? zero : rest / (w + eps);
+  }
+};
+
+// Calls f(first sample, how many of the lanes exist) for each register of S samples.
+template <class A, class F>
+void for_each_register(int64_t S, const F& f) {
+  for (int64_t i = 0; i < S; i += kLanes<A>) f(i, std::min<int64_t>(kLanes<A>, S - i));
+}
 
 }  // namespace rayfuse

@@ -8,24 +8,6 @@
 namespace rayfuse {
 namespace {
 
-// What of samples is not covered, and its ratio to their weight; exactly 0 where all is.
-template <class A>
-struct Uncovered {
-  vec<A> r, u;
-
-  Uncovered(vec<A> w, vec<A> w_outer, A eps) {
-    const vec<A> zero = {}, rest = w - w_outer;
-    r = rest <= zero ? zero : rest;
-    u = rest <= zero ? zero : rest / (w + eps);
-  }
-};
-
-// Calls f(first sample, how many of the lanes exist) for each register of S samples.
-template <class A, class F>
-void for_each_register(int64_t S, const F& f) {
-  for (int64_t i = 0; i < S; i += kLanes<A>) f(i, std::min<int64_t>(kLanes<A>, S - i));
-}
-
 // Rays begin..end.
 template <bool clamp, class T>
 RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, int64_t E, int64_t outside,

@@ -17,33 +17,75 @@ void store_at(T* ray, int64_t k, int64_t n, vec<accumulator<T>> x) {
   n - k < kLanes<accumulator<T>> ? store(ray + k, x, n - k) : store(ray + k, x);
 }
 
-// The running sums of the lanes from the left or from the right: first inside each 128-bit lane,
-// where values move faster, then from one to the next.
+// x with `value` in lane n - 1 - k, where the last sample of a ray of n lies if it is among k.. .
+template <class A>
+vec<A> with_last(vec<A> x, int64_t k, int64_t n, A value) {
+  if (n - k > kLanes<A>) return x;
+  return lane_numbers<A>() == static_cast<index_of<A>::integer>(n - 1 - k) ? broadcast(value) : x;
+}
+// x with ones in the lanes outside of a ray of n.
+template <class A>
+vec<A> with_ones(vec<A> x, int64_t k, int64_t n) {
+  if (n - k >= kLanes<A>) return x;
+  return lane_numbers<A>() < static_cast<index_of<A>::integer>(n - k) ? x : broadcast<A>(1);
+}
+
+// Calls f(k) for the registers of a ray of n samples, from the left or from the right.
+template <class A, bool from_right, class F>
+void for_each_register(int64_t n, const F& f) {
+  const int64_t end = (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  for (int64_t k = 0; k < end; k += kLanes<A>) f(from_right ? end - kLanes<A> - k : k);
+}
+
+// The lanes so many places before, as a scan goes, or the last one of a 128-bit lane so many places
+// before: values move faster inside each 128-bit lane. Zeros come in.
+template <bool from_right, int places, class V>
+V earlier_lanes(V x) {
+  constexpr int K = 16 / sizeof(std::declval<V>()[0]);
+  if constexpr (places < K) return shift_inside<from_right ? -places : places>(x);
+  if constexpr (places >= K) return carry_from<from_right ? -places / K : places / K>(x);
+}
+// The same of factors: ones come in.
+template <class A, bool from_right, int places>
+vec<A> earlier_factors(vec<A> x) {
+  using bits = lane_index<A>;
+  const vec<A> ones = broadcast<A>(1), missing = ones - earlier_lanes<from_right, places>(ones);
+  return (vec<A>)((bits)earlier_lanes<from_right, places>(x) | (bits)missing);
+}
+
+// The running sums of the lanes from the left or from the right.
 template <bool from_right, int places = 1, class V>
 V inclusive_lanes(V x) {
-  constexpr int K = 16 / sizeof(std::declval<V>()[0]);
   if constexpr (places < kLanesOf<V>) {
-    const V step = places < K ? shift_inside<from_right ? -places : places>(x)
-                              : carry_from<from_right ? -places / K : places / K>(x);
-    return inclusive_lanes<from_right, 2 * places>(x + step);
+    return inclusive_lanes<from_right, 2 * places>(x + earlier_lanes<from_right, places>(x));
   }
   return x;
+}
+
+// What a scan gives each sample: all before it, as the scan goes, and with it.
+template <class A>
+struct Scanned {
+  vec<A> before, including;
+};
+
+// The last lane of a register as the scan goes, in all lanes; and a register one sample late.
+template <bool from_right, class V>
+V last_lane(V x) {
+  return repeat<from_right ? 0 : kLanesOf<V> - 1, 1>(x);
+}
+template <bool from_right, class V>
+V delayed(V last, V x) {
+  return from_right ? window<1>(x, last) : window<kLanesOf<V> - 1>(last, x);
 }
 
 // A running sum along a ray, a register at a time.
 template <class A, bool long_rays, bool from_right>
 class Scan {
  public:
-  struct Sums {
-    vec<A> before, including;
-  };
-  // Adds the next register: the sums before each of its samples, as the scan goes, and including
-  // it.
-  Sums add(vec<A> x) {
+  Scanned<A> add(vec<A> x) {
     constexpr int kEnd = from_right ? 0 : kLanes<A> - 1;
     const auto [last, here] = sum_.template go_on<kEnd, 1>(inclusive_lanes<from_right>(x));
-    const vec<A> before = from_right ? window<1>(here, last) : window<kLanes<A> - 1>(last, here);
-    return {sum_.with_far(before), sum_.with_far(here)};
+    return {sum_.with_far(delayed<from_right>(last, here)), sum_.with_far(here)};
   }
 
  private:
@@ -53,5 +95,50 @@ template <class A, bool long_rays>
 using LeftScan = Scan<A, long_rays, false>;
 template <class A, bool long_rays>
 using RightScan = Scan<A, long_rays, true>;
+
+// y -> a y + b, one sample after the other along a ray, a register at a time.
+template <class A, bool from_right>
+class Chain {
+ public:
+  explicit Chain(A first) : y_(broadcast(first)) {}
+
+  Scanned<A> add(vec<A> a, vec<A> b) {
+    const vec<A> last = last_lane<from_right>(y_);
+    y_ = inclusive<1>(a, b, last);
+    return {delayed<from_right>(last, y_), y_};
+  }
+
+ private:
+  template <int places>
+  static vec<A> inclusive(vec<A> a, vec<A> b, vec<A> last) {
+    if constexpr (places < kLanes<A>) {
+      return inclusive<2 * places>(a * earlier_factors<A, from_right, places>(a),
+                                   b + a * earlier_lanes<from_right, places>(b), last);
+    }
+    return b + a * last;
+  }
+  vec<A> y_;
+};
+
+// A running product likewise.
+template <class A, bool from_right>
+class Product {
+ public:
+  Scanned<A> add(vec<A> x) {
+    const vec<A> last = last_lane<from_right>(product_);
+    product_ = inclusive<1>(x) * last;
+    return {delayed<from_right>(last, product_), product_};
+  }
+
+ private:
+  template <int places>
+  static vec<A> inclusive(vec<A> x) {
+    if constexpr (places < kLanes<A>) {
+      return inclusive<2 * places>(x * earlier_factors<A, from_right, places>(x));
+    }
+    return x;
+  }
+  vec<A> product_ = broadcast<A>(1);
+};
 
 }  // namespace rayfuse

@@ -10,22 +10,22 @@
 
 namespace rayfuse {
 
-// Rows of an array of any element type. What is small beside the features comes and goes through
-// these, so that the element type of the features alone chooses a kernel.
+// Values begin .. begin + n of an array of any element type. What is small beside the features
+// comes and goes through these, so that the element type of the features alone chooses a kernel.
 template <class A>
 struct RowReader {
   const void* data;
   void (*read)(const void* data, int64_t begin, int64_t n, A* to);
 
-  void operator()(int64_t r, int64_t n, A* to) const { read(data, r * n, n, to); }
+  void operator()(int64_t begin, int64_t n, A* to) const { read(data, begin, n, to); }
 };
 template <class A>
 struct RowWriter {
   void* data;  // or null
   void (*write)(void* data, int64_t begin, int64_t n, const A* from);
 
-  void operator()(int64_t r, int64_t n, const A* from) const {
-    if (data) write(data, r * n, n, from);
+  void operator()(int64_t begin, int64_t n, const A* from) const {
+    if (data) write(data, begin, n, from);
   }
 };
 
@@ -65,14 +65,18 @@ class Padded {
  public:
   explicit Padded(int64_t n) : values_(n + kLanes<A>) {}
   operator A*() { return values_.data(); }
+  // Makes room for n.
+  void grow(int64_t n) {
+    if (n + kLanes<A> > static_cast<int64_t>(values_.size())) values_.resize(n + kLanes<A>);
+  }
   void clear() { std::fill(values_.begin(), values_.end(), A(0)); }
 
  private:
   std::vector<A> values_;
 };
 
-// So many terms add up in one level, and what the levels hold in a second one: rounding errors grow
-// with the length of a sum.
+// So many terms add up in one level, and what the levels hold in a second one, with what that
+// rounds off: a million samples lose no more than a few hundred do.
 constexpr int64_t kInLevel = 64;
 
 template <class T>
@@ -82,18 +86,15 @@ class RayFeatures {
 
   // All that is read lies before f_end, and all that is written before d_f_end.
   // Where `past_cache`, d_f is stored so if its registers are aligned.
-  RayFeatures(int64_t S, int64_t C, const T* f_end, const T* d_f_end = nullptr,
-              bool past_cache = false)
-      : w(S),
-        d_w(S),
-        sum(C),
-        S_(S),
+  RayFeatures(int64_t C, const T* f_end, const T* d_f_end = nullptr, bool past_cache = false)
+      : sum(C),
         C_(C),
         f_end_(f_end),
         d_f_end_(d_f_end),
         past_cache_(past_cache && C % kLanes<A> == 0 &&
                     reinterpret_cast<uintptr_t>(d_f_end) % kVectorBytes == 0),
-        near_(C) {
+        near_(C),
+        lost_(C) {
     for (int i = 0; i < kLanes<A>; ++i) {
       lane_[i] = i;
       sample_[i] = i / std::max<int64_t>(C, 1);
@@ -101,12 +102,21 @@ class RayFeatures {
     }
   }
 
-  Padded<A> w, d_w;  // [S]
-  Padded<A> sum;     // [C]
+  Padded<A> w{0}, d_w{0};  // [S]
+  Padded<A> sum;           // [C]
+
+  // Goes on to a ray of S samples, whose weights begin at k.
+  void go_to(int64_t k, int64_t S, const RowReader<A>& weights) {
+    S_ = S;
+    w.grow(S), d_w.grow(S);
+    weights(k, S, w);
+    // registers of several samples read on, and what is there must not be another ray's
+    store(w + S, vec<A>{});
+  }
 
   // sum = sum_s w_s f_s
   void add_up(const T* f) {  // [S, C]
-    sum.clear();
+    sum.clear(), lost_.clear();
     for (int64_t begin = 0; begin < S_; begin += kInLevel) {
       const int64_t end = std::min(begin + kInLevel, S_);
       near_.clear();
@@ -117,8 +127,13 @@ class RayFeatures {
         for (; s + kRows <= end; s += kRows) add_rows<kRows>(s, f);
         for (; s < end; ++s) add_rows<1>(s, f);
       }
-      for_registers<A>(C_,
-                       [&](int64_t c, auto) { store(sum + c, load(sum + c) + load(near_ + c)); });
+      for_registers<A>(C_, [&](int64_t c, auto) {
+        const vec<A> before = load(sum + c), term = load(near_ + c) - load(lost_ + c);
+        const vec<A> after = before + term, off = (after - before) - term;
+        // an infinite sum stays one
+        store(lost_ + c, off == off ? off : vec<A>{});
+        store(sum + c, after);
+      });
     }
   }
 
@@ -227,10 +242,10 @@ class RayFeatures {
     return (lane + by) & static_cast<integer>(kLanes<A> - 1);
   }
 
-  int64_t S_, C_;
+  int64_t S_ = 0, C_;
   const T *f_end_, *d_f_end_;
   bool past_cache_;
-  Padded<A> near_;
+  Padded<A> near_, lost_;
   lane_index<A> lane_, sample_, channel_;
 };
 

@@ -10,6 +10,16 @@
 
 namespace rayfuse {
 
+// Calls f with a flag that templates can take.
+template <class F>
+void as_constant(bool flag, const F& f) {
+  if (flag) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
+
 // Rays in a block: 4 of float, 2 of double.
 template <class A>
 constexpr int kRays = 16 / sizeof(A);
@@ -156,7 +166,9 @@ class LevelledSum {
     if (!long_rays || terms_++ < kBlocksInLevel) return;
     // what the sum rounds off is added with the next term
     const vec<A> term = near - lost_, sum = far_ + term;
-    lost_ = (sum - far_) - term;
+    const vec<A> lost = (sum - far_) - term;
+    // an infinite sum stays one
+    lost_ = lost == lost ? lost : vec<A>{};
     far_ = sum;
     near_ = vec<A>{};
     terms_ = 1;

@@ -330,6 +330,14 @@ struct index_of {
 template <class A>
 using lane_index = typename index_of<A>::type;
 
+// 0, 1, 2, ...
+template <class A>
+lane_index<A> lane_numbers() {
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return lane_index<A>{i...};
+  }(std::make_integer_sequence<int, kLanes<A>>());
+}
+
 template <class V, class I>
 V permute(V x, I index) {
 #if defined(__AVX512F__)

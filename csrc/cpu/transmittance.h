@@ -11,11 +11,22 @@
 
 namespace rayfuse {
 
+// sigma dt; a wall without width is nothing.
+template <class A>
+vec<A> optical_depth(vec<A> sigma, vec<A> width) {
+  return (sigma > std::numeric_limits<A>::max()) & (width == 0) ? vec<A>{} : sigma * width;
+}
+
+// The gradient of a width from that of the depth; a wall stays one, however thick it is.
+template <class A>
+vec<A> d_width_of(vec<A> sigma, vec<A> d_depth) {
+  return sigma > std::numeric_limits<A>::max() ? vec<A>{} : d_depth * sigma;
+}
+
 // The pass from the left, a block at a time.
 template <class T, bool long_rays>
 struct LightPass {
   using A = accumulator<T>;
-  static constexpr A kMost = std::numeric_limits<A>::max();
 
   Rays<const T> sigma, t;
   int64_t S;
@@ -33,11 +44,8 @@ struct LightPass {
     density = sigma.load_at(k, n);
     step_t(k);
     width = t1 - t0;
-    // a wall without width is nothing
-    Block<A> x = each_column<A>([&](int j) {
-      const vec<A> sigma_here = density.column[j], width_here = width.column[j];
-      return (sigma_here > kMost) & (width_here == 0) ? vec<A>{} : sigma_here * width_here;
-    });
+    Block<A> x =
+        each_column<A>([&](int j) { return optical_depth<A>(density.column[j], width.column[j]); });
     if (opaque_background && n <= kLanes<A>) {
       for (int r = 0; r < K; ++r) {
         x.column[(n - 1) % K][(n - 1) / K * K + r] = std::numeric_limits<A>::infinity();
@@ -94,11 +102,8 @@ struct LightGradients {
     const Block<A> d_x = (d_w - d_passed) * kept.passed - later;
     d_density = d_x * kept.width;
     if (!with_d_t) return;
-    // a wall stays one, however thick it is
-    d_width = each_column<A>([&](int j) {
-      const vec<A> sigma = kept.density.column[j];
-      return sigma > std::numeric_limits<A>::max() ? vec<A>{} : d_x.column[j] * sigma;
-    });
+    d_width =
+        each_column<A>([&](int j) { return d_width_of<A>(kept.density.column[j], d_x.column[j]); });
   }
 };
 

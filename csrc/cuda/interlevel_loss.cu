@@ -5,20 +5,10 @@
 // each bin of w_env gets the gradients of the samples it bounds, all times d_loss / S. Source:
 // Mip-NeRF 360, eq. 13; docs/interlevel.md.
 #include "envelope.h"
+#include "uncovered.h"
 
 namespace rayfuse {
 namespace {
-
-// What of a sample is not covered, and its ratio to the weight; exactly 0 where all is.
-template <class A>
-struct Uncovered {
-  A r = 0, u = 0;
-
-  __device__ Uncovered(A w, A w_outer, A eps) {
-    const A rest = w - w_outer;
-    if (!(rest <= 0)) r = rest, u = rest / (w + eps);
-  }
-};
 
 // Of a multiprocessor: for more of them kernels would spill.
 constexpr int kLeastBlocks = 3;

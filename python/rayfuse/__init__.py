@@ -11,6 +11,7 @@ from .backend import (
     release_memory,
     use_backend,
 )
+from .objective import FieldLosses, field_losses
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 from .packed import ray_offsets
@@ -22,8 +23,10 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     "BackendError",
+    "FieldLosses",
     "backends",
     "debug",
+    "field_losses",
     "last_backend",
     "ray_offsets",
     "release_memory",

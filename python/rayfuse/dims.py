@@ -6,6 +6,7 @@ size, found where it first occurs; a number is itself; `?` marks an argument tha
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,24 +58,26 @@ class Signature:
         """
         leading: tuple[int, ...] | None = None
         sizes: dict[str, int] = {}
+        sources: dict[str, str] = {}
         for array, shape in zip(self.inputs, shapes, strict=True):
             if shape is None:
                 continue
             split = len(shape) - len(array.dims)
             if split < 0 or (split and not array.leading):
-                raise ShapeError(self._must(array, leading, sizes, shape))
+                raise ShapeError(self._must(array, leading, sizes, sources, shape))
             if array.leading:
                 if leading is None:
-                    leading = tuple(shape[:split])
+                    leading, sources["..."] = tuple(shape[:split]), array.name
                 elif leading != tuple(shape[:split]):
-                    raise ShapeError(self._must(array, leading, sizes, shape))
+                    raise ShapeError(self._must(array, leading, sizes, sources, shape))
             for (letter, offset), size in zip(array.dims, shape[split:], strict=True):
                 if letter is None:
                     fits = size == offset
                 else:
+                    sources.setdefault(letter, array.name)
                     fits = sizes.setdefault(letter, size - offset) == size - offset >= 0
                 if not fits:
-                    raise ShapeError(self._must(array, leading, sizes, shape))
+                    raise ShapeError(self._must(array, leading, sizes, sources, shape))
         return leading or (), sizes
 
     def shape_of_first_output(self, inputs: Sequence[Any]) -> tuple[int, ...]:
@@ -102,16 +105,22 @@ class Signature:
         array: Array,
         leading: tuple[int, ...] | None,
         sizes: dict[str, int],
+        sources: dict[str, str],
         shape: tuple[int, ...],
     ) -> str:
-        first = self.inputs[0]
-        if array is first:
+        if array is self.inputs[0]:
             known = "".join(f", {k} >= {max(0, -o)}" for k, o in array.dims if k)
             known = known and " with" + known[1:]
         else:
-            parts = [f"...={list(leading)}"] if array.leading and leading is not None else []
-            parts += [f"{k}={sizes[k]}" for k, _ in array.dims if k and k in sizes]
-            known = (f" with {', '.join(parts)}" if parts else "") + f" (from {first.name})"
+            found: dict[str, object] = {}
+            if array.leading and leading is not None:
+                found["..."] = list(leading)
+            found |= {k: sizes[k] for k, _ in array.dims if k and k in sizes}
+            parts = [
+                f"{', '.join(f'{k}={found[k]}' for k in of)} (from {source})"
+                for source, of in itertools.groupby(found, sources.__getitem__)
+            ]
+            known = f" with {', '.join(parts)}" if parts else ""
         return f"{array.name} must have shape [{array.text}]{known}, got {list(shape)}"
 
 

@@ -147,6 +147,24 @@ class PackedOp(Op):
                     self._fail(ValueError, name, rule, f"{late[at].item():g} at [{at}]")
 
 
+def upper_bound(values: Tensor, begin: Tensor, end: Tensor, x: Tensor) -> Tensor:
+    """[P] of each x, the first place from begin on where values are above it; end if nowhere.
+
+    As `torch.searchsorted(..., right=True)` finds it in each of these pieces of the values.
+    """
+    if len(values) == 0:
+        return end
+    # the longest is known only here without a synchronisation
+    on_cpu = values.device.type == "cpu" and len(x) > 0
+    longest = int((end - begin).max()) if on_cpu else len(values)
+    for _ in range(max(longest, 0).bit_length()):
+        middle = begin + (end - begin) // 2
+        searching, above = begin < end, values[middle.clamp(0, len(values) - 1)] > x
+        begin = torch.where(searching & ~above, middle + 1, begin)
+        end = torch.where(searching & above, middle, end)
+    return begin
+
+
 class PackedRays:
     """Where the samples of rays lie, and sums along them in plain PyTorch.
 
@@ -162,6 +180,8 @@ class PackedRays:
         )
         self.place = sample - self.offsets[self.ray]
         """[P] of each sample, how many of its ray come before it."""
+        self.is_last = self.place == self.offsets.diff()[self.ray] - 1
+        """[P] of each sample, whether none of its ray comes after it."""
 
     def at_first(self, x: Tensor) -> Tensor:
         """[P] of each sample, the value of the first one of its ray."""
@@ -172,16 +192,31 @@ class PackedRays:
         return torch.where(self.place > 0, torch.cat([x[:1], x[:-1]]), first)
 
     def running_sum(self, x: Tensor) -> Tensor:
-        """[P] of each sample, the sum from its ray's first one up to it, in log2(longest) steps."""
+        """[P, ...] of each sample, the sum from its ray's first one up to it, in log2(longest)
+        steps."""
+        return self._running(x, torch.add, 0.0)
+
+    def running_product(self, x: Tensor) -> Tensor:
+        """[P, ...] the same of the product; no gradient divides."""
+        return self._running(x, torch.mul, 1.0)
+
+    def _running(
+        self, x: Tensor, join: Callable[[Tensor, Tensor], Tensor], nothing: float
+    ) -> Tensor:
+        place = self.place.view(-1, *[1] * (x.dim() - 1))
         longest = int(self.place.max()) + 1 if len(x) else 0
         step = 1
         while step < longest:
-            earlier = torch.cat([x.new_zeros(step), x[:-step]])
-            x = x + torch.where(self.place >= step, earlier, 0.0)
+            earlier = torch.cat([torch.zeros_like(x[:step]), x[:-step]])
+            x = join(x, torch.where(place >= step, earlier, nothing))
             step *= 2
         return x
 
+    def at_last(self, x: Tensor, empty: float = 0.0) -> Tensor:
+        """[R, ...] of each ray, the value of its last sample; `empty` where it has none."""
+        values = torch.cat([x.new_full((1, *x.shape[1:]), empty), x])
+        return values[torch.where(self.offsets.diff() > 0, self.offsets[1:], 0)]
+
     def total(self, x: Tensor) -> Tensor:
-        """[R] of each ray, the sum over its samples; 0 where it has none."""
-        sums = torch.cat([x.new_zeros(1), self.running_sum(x)])
-        return sums[torch.where(self.offsets.diff() > 0, self.offsets[1:], 0)]
+        """[R, ...] of each ray, the sum over its samples; 0 where it has none."""
+        return self.at_last(self.running_sum(x))

@@ -48,8 +48,8 @@ def visibility_mask(
 
     Args:
         transmittance: [..., S] light that reaches each sample, or [..., S+1], as `ray_weights` and
-            `alpha_weights` give it.
-        alpha: [..., S] opacities of the samples.
+            `alpha_weights` give it; [P] of packed rays.
+        alpha: [..., S] opacities of the samples; [P] of packed rays.
         early_stop_eps: the light that must reach a sample at least.
         alpha_thre: the opacity that a sample must have at least.
 

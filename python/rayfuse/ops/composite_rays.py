@@ -17,8 +17,8 @@ __all__ = ["Composite", "blend_background", "blend_for_loss", "composite_rays"]
 weight = Domain("be finite or inf, and >= 0", lambda x: x >= 0, lambda u: 3 * u)
 
 # what keeps the mean depth of a ray without weight finite: nerfstudio's, and multinerf's
-_EXPECTED_EPS = 1e-10
-_LOG_MEAN_EPS = torch.finfo(torch.float32).eps
+EXPECTED_EPS = 1e-10
+LOG_MEAN_EPS = torch.finfo(torch.float32).eps
 
 
 class Composite(NamedTuple):
@@ -33,9 +33,9 @@ class CompositeOp(Op):
     """Takes a background that all rays share, f without its name, and names its results."""
 
     def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-        if len(args) == 3 and "f" not in named:
-            *required, f = args
-            args, named = tuple(required), {**named, "f": f}
+        required = [name for name in self._required if name not in named]
+        if len(args) == len(required) + 1 and "f" not in named:
+            args, named = args[:-1], {**named, "f": args[-1]}
         given = super()._positional(args, named)
         values: dict[str, Any] = dict(zip(self.domain, given, strict=True))
         background = values["background"]
@@ -43,15 +43,20 @@ class CompositeOp(Op):
             self._fail(
                 ValueError, "background", "be None with last_sample=True", type(background).__name__
             )
-        t, w, f = (values[name] for name in ("t", "w", "f"))
-        if isinstance(background, (int, float)) and isinstance(t, Tensor):
-            background = t.new_tensor([background])
-        if isinstance(background, Tensor) and isinstance(w, Tensor):
-            shared = background.dim() < w.dim() or background.shape == (1,)
+        w, f, rays = values["w"], values["f"], self._rays(values)
+        if isinstance(background, (int, float)) and isinstance(w, Tensor):
+            background = w.new_tensor([background])
+        if isinstance(background, Tensor) and rays is not None:
+            shared = background.dim() <= len(rays) or background.shape == (1,)
             if shared and (f is None or isinstance(f, Tensor)):
                 channels = background.shape[-1:] if f is None else f.shape[-1:]
-                background = background.expand(*w.shape[:-1], *channels)
+                background = background.expand(*rays, *channels)
         return tuple((values | dict(background=background)).values())
+
+    def _rays(self, values: dict[str, Any]) -> tuple[int, ...] | None:
+        """The shape of an output that has one value a ray; None where no tensor says it."""
+        w = values["w"]
+        return w.shape[:-1] if isinstance(w, Tensor) else None
 
     def public(self) -> Callable:
         call = super().public()
@@ -142,11 +147,11 @@ def composite_rays(
         k = (w.cumsum(-1) < 0.5).sum(-1, keepdim=True).clamp(max=w.shape[-1] - 1)
         return features, mid.gather(-1, k)[..., 0], accumulation
     if depth == "expected":
-        distance = (w * mid).sum(-1) / (accumulation + _EXPECTED_EPS)
+        distance = (w * mid).sum(-1) / (accumulation + EXPECTED_EPS)
         least, most = mid[..., 0], mid[..., -1]
     else:
         log_mid = mid.clamp(min=torch.finfo(mid.dtype).tiny).log()
-        distance = ((w * log_mid).sum(-1) / accumulation.clamp(min=_LOG_MEAN_EPS)).exp()
+        distance = ((w * log_mid).sum(-1) / accumulation.clamp(min=LOG_MEAN_EPS)).exp()
         least, most = t[..., 0], t[..., -1]
     distance = torch.where(distance < least, least, torch.where(distance > most, most, distance))
     return features, distance, accumulation

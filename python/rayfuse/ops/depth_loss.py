@@ -79,19 +79,23 @@ def depth_loss(
     # selected before it is used as well: 0 times what is not finite would be a gradient of NaN
     here = valid[..., None]
     w, s, depth = torch.where(here, w, 1), torch.where(here, s, 1), torch.where(valid, depth, 1)
-    z = s - depth[..., None]
-    if form == "ds_nerf":
-        f = -torch.log(w + eps) * torch.exp(-z.square() / (2 * sigma))
-    else:
-        scale = sigma / 3
-        density = torch.exp(-(z / scale).square() / 2) / (scale * math.sqrt(2 * math.pi))
-        # a NaN is neither before nor behind
-        before, behind = s < depth[..., None] - sigma, s > depth[..., None] + sigma
-        f = torch.where(behind, 0, (w - torch.where(before, 0, density)).square())
+    f = depth_term(w, s, depth[..., None], form, sigma, eps)
     loss = (f if lengths is None else torch.where(here, lengths, 1) * f).sum(-1)
     if depth_pred is not None:
         loss = loss + (depth - torch.where(valid, depth_pred, 1)).square()
     return torch.where(valid, loss, 0)
+
+
+def depth_term(w: Tensor, s: Tensor, depth: Tensor, form: str, sigma: float, eps: float) -> Tensor:
+    """f of samples whose rays have these depths."""
+    z = s - depth
+    if form == "ds_nerf":
+        return -torch.log(w + eps) * torch.exp(-z.square() / (2 * sigma))
+    scale = sigma / 3
+    density = torch.exp(-(z / scale).square() / 2) / (scale * math.sqrt(2 * math.pi))
+    # a NaN is neither before nor behind
+    before, behind = s < depth - sigma, s > depth + sigma
+    return torch.where(behind, 0, (w - torch.where(before, 0, density)).square())
 
 
 def ds_nerf_depth_loss(

@@ -51,7 +51,7 @@ def ray_weights(
         >>> rayfuse.ray_weights(torch.tensor([0.6931, torch.inf]), t)
         (tensor([0.5000, 0.5000]), tensor([1.0000, 0.5000, 0.0000]))
     """
-    x = optical_depths(sigma, t)
+    x = optical_depths(sigma, t.diff(dim=-1))
     if opaque_background:
         x = torch.cat([x[..., :-1], torch.full_like(x[..., -1:], torch.inf)], -1)
     none = x.new_zeros((*x.shape[:-1], 1))
@@ -59,12 +59,11 @@ def ray_weights(
     return transmittance[..., :-1] * -torch.expm1(-x), transmittance
 
 
-def optical_depths(sigma: Tensor, t: Tensor) -> Tensor:
-    """sigma dt with inf * 0 = 0 [..., S] of densities [..., S] between edges t [..., S+1].
+def optical_depths(sigma: Tensor, dt: Tensor) -> Tensor:
+    """sigma dt with inf * 0 = 0 of densities and widths of one shape.
 
     An infinite density is a constant. Plain PyTorch, on any device.
     """
-    dt = t.diff(dim=-1)
     wall = sigma == torch.inf
     through_wall = torch.where(dt == 0, dt, dt * torch.inf).detach()
     return torch.where(wall, through_wall, sigma.masked_fill(wall, 0) * dt)

@@ -1,0 +1,28 @@
+// Feature distillation of packed rays: feature_distillation_loss.h.
+#include "feature_distillation_loss.h"
+
+namespace rayfuse {
+namespace {
+
+PackedRays rays_of(const Tensor& offsets, const Tensor& w) {
+  return {"packed_feature_distillation_loss", offsets, w.numel()};
+}
+
+Tensor fwd(const Tensor& w, const Tensor& f, const Tensor& target, const Tensor& offsets) {
+  const PackedRays rays = rays_of(offsets, w);
+  return losses(rays, {rays.R}, w, f, target);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& w, const Tensor& f,
+                                       const Tensor& target, const Tensor& offsets, int64_t needs) {
+  return gradients(rays_of(offsets, w), d_loss, w, f, target, needs);
+}
+
+}  // namespace
+
+RAYFUSE_REGISTER(m) {
+  m.impl("packed_feature_distillation_loss", TORCH_BOX(&fwd));
+  m.impl("packed_feature_distillation_loss_bwd", TORCH_BOX(&bwd));
+}
+
+}  // namespace rayfuse

@@ -1,0 +1,32 @@
+// A sum of many terms.
+#pragma once
+
+#include "rays.h"
+
+namespace rayfuse {
+
+// So many terms add up in one level, and what the levels hold in a second one, with what that
+// rounds off: a million terms lose no more than a few hundred do.
+constexpr int kInLevel = 64;
+
+template <class A>
+class LevelledSum {
+ public:
+  __device__ void add(A x) {
+    if (terms_++ == kInLevel) {
+      const A term = near_ - lost_, sum = far_ + term;
+      lost_ = (sum - far_) - term;
+      far_ = sum;
+      near_ = 0;
+      terms_ = 1;
+    }
+    near_ += x;
+  }
+  __device__ A total() const { return far_ + near_; }
+
+ private:
+  A near_ = 0, far_ = 0, lost_ = 0;
+  int terms_ = 0;
+};
+
+}  // namespace rayfuse

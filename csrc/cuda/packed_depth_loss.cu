@@ -1,0 +1,164 @@
+// Losses of a measured depth D of packed rays: L = sum_i l_i f_i + (D - D_pred)^2 with z = s - D
+// and a bell K = a exp(-z^2 / (2 v)). DS-NeRF: a = 1, v = sigma, f = -log(w + eps) K. Urban
+// Radiance Fields: v = (sigma / 3)^2, a = 1 / sqrt(2 pi v), f = e^2 with e = w - K within sigma of
+// D, w before it and 0 behind. A warp owns a ray, a block a long one; one pass over memory each
+// way: d_w = -l K / (w + eps), or 2 l e; d_s = l log(w + eps) K z / v, or 2 l e K z / v near D.
+// Deng et al. (2022), Rematas et al. (2022); docs/depth.md.
+#include "depth.h"
+#include "launch.h"
+#include "packed.h"
+
+namespace rayfuse {
+namespace {
+
+// Calls f(k) for the samples of a ray. Where they begin a warp's requests stay whole sectors.
+template <int kThreads, class F>
+__device__ void for_each_sample(const Team<kThreads>& team, const PackedRay& ray, const F& f) {
+  for (int64_t k = first_tile(ray.begin) + team.rank; k < ray.end; k += kThreads) {
+    if (ray.has(k)) f(k);
+  }
+}
+
+template <bool urban, class T>
+__global__ void __launch_bounds__(kBlock, 1)
+    packed_depth_loss_fwd_kernel(int64_t R, int64_t P, Constants<accumulator<T>> constants,
+                                 const T* __restrict__ w,              // [P]
+                                 const T* __restrict__ s,              // [P]
+                                 const T* __restrict__ depth,          // [R]
+                                 const int64_t* __restrict__ offsets,  // [R+1]
+                                 const T* __restrict__ lengths,        // [P] or null
+                                 const T* __restrict__ depth_pred,     // [R] or null
+                                 accumulator<T>* __restrict__ loss) {  // [R]
+  using A = accumulator<T>;
+  for_each_packed_ray(
+      offsets, R, P, [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
+        const A D = widen(depth[ray.index]);
+        const bool valid = is_valid(D);
+        // a million samples of a block are 4096 of each thread
+        A sum = 0, lost = 0;
+        if (valid) {
+          for_each_sample(team, ray, [&](int64_t k) {
+            const A f = Sample<urban, A>(widen(w[k]), widen(s[k]), D, constants).f();
+            const A term = (lengths ? widen(lengths[k]) * f : f) - lost, next = sum + term;
+            lost = (next - sum) - term;
+            sum = next;
+          });
+        }
+        sum = team.sum(sum);
+        if (team.rank == 0) {
+          const A off = valid && depth_pred ? D - widen(depth_pred[ray.index]) : A(0);
+          loss[ray.index] = sum + off * off;
+        }
+      });
+}
+
+template <bool urban, class T>
+__global__ void __launch_bounds__(kBlock, 1)
+    packed_depth_loss_bwd_kernel(int64_t R, int64_t P, Constants<accumulator<T>> constants,
+                                 const accumulator<T>* __restrict__ d_loss,  // [R]
+                                 const T* __restrict__ w,                    // [P]
+                                 const T* __restrict__ s,                    // [P]
+                                 const T* __restrict__ depth,                // [R]
+                                 const int64_t* __restrict__ offsets,        // [R+1]
+                                 const T* __restrict__ lengths,              // [P] or null
+                                 const T* __restrict__ depth_pred,           // [R] or null
+                                 T* d_w,                                     // [P] or null
+                                 T* d_s,                                     // [P] or null
+                                 T* d_lengths,                               // [P] or null
+                                 T* d_depth_pred) {                          // [R] or null
+  using A = accumulator<T>;
+  const auto store = [&](int64_t k, A d_weight, A d_position, A d_length) {
+    if (d_w) d_w[k] = narrow<T>(d_weight);
+    if (d_s) d_s[k] = narrow<T>(d_position);
+    if (d_lengths) d_lengths[k] = narrow<T>(d_length);
+  };
+  for_each_stray_sample(offsets, R, P, [&](int64_t k) { store(k, 0, 0, 0); });
+  for_each_packed_ray(offsets, R, P,
+                      [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
+                        const A D = widen(depth[ray.index]), g = d_loss[ray.index];
+                        const bool valid = is_valid(D);
+                        if (d_depth_pred && team.rank == 0) {
+                          const A off = valid ? widen(depth_pred[ray.index]) - D : A(0);
+                          d_depth_pred[ray.index] = narrow<T>(2 * g * off);
+                        }
+                        for_each_sample(team, ray, [&](int64_t k) {
+                          if (!valid) return store(k, 0, 0, 0);
+                          const Sample<urban, A> here(widen(w[k]), widen(s[k]), D, constants);
+                          const A scale = lengths ? g * widen(lengths[k]) : g;
+                          store(k, scale * here.d_w(), scale * here.d_s(), g * here.f());
+                        });
+                      });
+}
+
+}  // namespace
+}  // namespace rayfuse
+
+#include "registration.h"
+
+namespace rayfuse {
+namespace {
+
+// Calls f with a flag for the form that templates can take.
+template <class F>
+void choose(bool urban, const F& f) {
+  if (urban) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
+
+Tensor fwd(const Tensor& w, const Tensor& s, const Tensor& depth, const Tensor& offsets,
+           const std::optional<Tensor>& lengths, const std::optional<Tensor>& depth_pred,
+           int64_t form, double sigma, double eps) {
+  const Device device(w);
+  const int64_t R = offsets.numel() - 1, P = w.numel();
+  Tensor loss = empty(w, {R}, accumulator_dtype(w));
+  dispatch(w, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    choose(form == 1, [&](auto urban) {
+      launch({packed_blocks(R), kBlock, 0, device.stream()},
+             packed_depth_loss_fwd_kernel<urban(), T>, R, P, Constants<A>(form == 1, sigma, eps),
+             data<T>(w), data<T>(s), data<T>(depth), data<int64_t>(offsets), data<T>(lengths),
+             data<T>(depth_pred), mutable_data<A>(loss));
+    });
+  });
+  return loss;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& w,
+                                               const Tensor& s, const Tensor& depth,
+                                               const Tensor& offsets,
+                                               const std::optional<Tensor>& lengths,
+                                               const std::optional<Tensor>& depth_pred,
+                                               int64_t form, double sigma, double eps,
+                                               int64_t needs) {
+  const Device device(w);
+  const int64_t R = offsets.numel() - 1, P = w.numel();
+  Tensor d_w = empty_gradient(w, needs, 0), d_s = empty_gradient(s, needs, 1);
+  Tensor d_lengths = empty_gradient(lengths, w, needs, 2);
+  Tensor d_depth_pred = empty_gradient(depth_pred, w, needs, 3);
+  dispatch(w, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    choose(form == 1, [&](auto urban) {
+      // one block at least, for samples of no ray
+      launch({std::max<int64_t>(packed_blocks(R), 1), kBlock, 0, device.stream()},
+             packed_depth_loss_bwd_kernel<urban(), T>, R, P, Constants<A>(form == 1, sigma, eps),
+             data<A>(d_loss), data<T>(w), data<T>(s), data<T>(depth), data<int64_t>(offsets),
+             data<T>(lengths), data<T>(depth_pred), mutable_data<T>(d_w), mutable_data<T>(d_s),
+             mutable_data<T>(d_lengths), mutable_data<T>(d_depth_pred));
+    });
+  });
+  return {d_w, d_s, d_lengths, d_depth_pred};
+}
+
+}  // namespace
+
+RAYFUSE_REGISTER(m) {
+  m.impl("packed_depth_loss", TORCH_BOX(&fwd));
+  m.impl("packed_depth_loss_bwd", TORCH_BOX(&bwd));
+}
+
+}  // namespace rayfuse

@@ -1,0 +1,251 @@
+// Interlevel loss of packed rays: L = 1/n sum_i r_i u_i over a ray's n samples, r_i = max(0, w_i -
+// w_outer_i), u_i = r_i / (w_i + eps), w_outer_i the weight of the bins from the last that does not
+// start beyond sample i to the first that ends beyond it. A warp owns a ray, a block one of many
+// samples. Forward: each sample bisects the bins and adds up its own. Backward: the same, which
+// keeps u_i; then each bin bisects the samples and adds up the d_w_outer_i = -2 u_i of those that
+// it bounds; d_w_i = u_i (2 - u_i); all times d_loss / n. The samples are in order, so that all
+// sums of a ray together have no more terms than it has samples and bins. Source: Mip-NeRF 360, eq.
+// 13; docs/interlevel.md.
+#include "envelope.h"
+#include "packed.h"
+#include "uncovered.h"
+
+namespace rayfuse {
+namespace {
+
+// A ray's samples, or the bins of its envelope.
+template <class T>
+struct Intervals {
+  const T *starts, *ends, *w;
+  int64_t n;
+};
+
+// Of all rays.
+template <class T>
+struct PackedIntervals {
+  const T *starts, *ends, *w;  // [P]
+  const int64_t* offsets;      // [R+1]
+  int64_t P;
+
+  // Whatever the offsets hold, it lies inside.
+  __device__ PackedRay ray(int64_t r) const {
+    const int64_t begin = min(max(offsets[r], int64_t{0}), P);
+    return {r, begin, max(begin, min(offsets[r + 1], P))};
+  }
+  __device__ Intervals<T> of(const PackedRay& ray) const {
+    return {starts + ray.begin, ends + ray.begin, w + ray.begin, ray.end - ray.begin};
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// How many of n values that do not decrease are below x, or not above it.
+template <bool or_equal, class T>
+__device__ int64_t count_below(const T* values, int64_t n, accumulator<T> x) {
+  int64_t begin = 0, end = n;
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    const accumulator<T> value = widen(values[middle]);
+    if (or_equal ? value > x : !(value < x)) {
+      end = middle;
+    } else {
+      begin = middle + 1;
+    }
+  }
+  return begin;
+}
+
+// The bins that bound a sample.
+template <class T>
+__device__ Range bins_of(const Intervals<T>& bins, accumulator<T> start, accumulator<T> end,
+                         int64_t outside) {
+  const int64_t m = bins.n;
+  if (m == 0) return {0, 0};
+  Range range{max(count_below<true>(bins.starts, m, start) - 1, int64_t{0}),
+              min(count_below<true>(bins.ends, m, end) + 1, m)};
+  if (outside != kOutsideClamp && widen(bins.starts[0]) > end) range.end = 0;
+  if (outside == kOutsideZero && !(widen(bins.ends[m - 1]) > start)) range.begin = m;
+  return range;
+}
+
+// The samples that bin k bounds.
+template <class T>
+__device__ Range samples_of(const Intervals<T>& bins, int64_t k, const Intervals<T>& samples,
+                            int64_t outside) {
+  const int64_t m = bins.n, n = samples.n;
+  Range range{0, n};
+  if (k > 0 || outside != kOutsideClamp) {
+    const T before = k > 0 ? bins.ends[k - 1] : bins.starts[0];
+    range.begin = count_below<false>(samples.ends, n, widen(before));
+  }
+  if (k < m - 1 || outside == kOutsideZero) {
+    const T behind = k < m - 1 ? bins.starts[k + 1] : bins.ends[k];
+    range.end = count_below<false>(samples.starts, n, widen(behind));
+  }
+  return range;
+}
+
+// The sum of a range of values for each lane; the warp adds up long ones together.
+template <class T>
+__device__ double sum_of(const T* values, Range range) {
+  constexpr int64_t kLong = 2 * kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const bool is_long = range.end - range.begin > kLong;
+  double sum = 0;
+  for (int64_t k = range.begin; !is_long && k < range.end; ++k) sum += widen(values[k]);
+  for (unsigned longs = __ballot_sync(kAllLanes, is_long); longs; longs &= longs - 1) {
+    const int owner = __ffs(longs) - 1;
+    const int64_t begin = __shfl_sync(kAllLanes, range.begin, owner);
+    const int64_t end = __shfl_sync(kAllLanes, range.end, owner);
+    double own = 0;
+    for (int64_t k = begin + lane; k < end; k += kWarp) own += widen(values[k]);
+    const double total = Team<kWarp>().sum(own);
+    if (lane == owner) sum = total;
+  }
+  return sum;
+}
+
+// What is not covered of each thread's sample, from `first` on; nothing of one that does not exist.
+template <class T, int kThreads>
+__device__ Uncovered<accumulator<T>> uncovered(const Team<kThreads>& team,
+                                               const Intervals<T>& samples,
+                                               const Intervals<T>& bins, int64_t first,
+                                               int64_t outside, accumulator<T> eps) {
+  using A = accumulator<T>;
+  const int64_t i = first + team.rank;
+  Range range{0, 0};
+  A w = 0;
+  if (i < samples.n) {
+    w = widen(samples.w[i]);
+    range = bins_of(bins, widen(samples.starts[i]), widen(samples.ends[i]), outside);
+  }
+  const A w_outer = static_cast<A>(sum_of(bins.w, range));
+  return Uncovered<A>(w, w_outer, eps);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock, 1)
+    packed_interlevel_loss_fwd_kernel(int64_t R, int64_t outside, accumulator<T> eps,
+                                      PackedIntervals<T> samples, PackedIntervals<T> bins,
+                                      accumulator<T>* __restrict__ loss) {  // [R]
+  using A = accumulator<T>;
+  for_each_packed_ray(samples.offsets, R, samples.P,
+                      [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
+                        const Intervals<T> own = samples.of(ray),
+                                           envelope = bins.of(bins.ray(ray.index));
+                        double sum = 0;
+                        for (int64_t first = 0; first < own.n; first += kThreads) {
+                          const auto here = uncovered(team, own, envelope, first, outside, eps);
+                          sum += here.r * here.u;
+                        }
+                        sum = team.sum(sum);
+                        if (team.rank == 0)
+                          loss[ray.index] = static_cast<A>(sum / max(own.n, int64_t{1}));
+                      });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock, 1)
+    packed_interlevel_loss_bwd_kernel(int64_t R, int64_t outside, accumulator<T> eps,
+                                      const accumulator<T>* __restrict__ d_loss,  // [R]
+                                      PackedIntervals<T> samples, PackedIntervals<T> bins,
+                                      accumulator<T>* u,  // [P] or null
+                                      T* d_w,             // [P] or null
+                                      T* d_w_env) {       // [Q] or null
+  using A = accumulator<T>;
+  for_each_stray_sample(samples.offsets, R, samples.P, [&](int64_t k) {
+    if (d_w) d_w[k] = narrow<T>(0);
+  });
+  for_each_stray_sample(bins.offsets, R, bins.P, [&](int64_t k) {
+    if (d_w_env) d_w_env[k] = narrow<T>(0);
+  });
+  for_each_packed_ray(samples.offsets, R, samples.P,
+                      [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
+                        const PackedRay env_ray = bins.ray(ray.index);
+                        const Intervals<T> own = samples.of(ray), envelope = bins.of(env_ray);
+                        const A scale = d_loss[ray.index] / max(own.n, int64_t{1});
+                        for (int64_t first = 0; first < own.n; first += kThreads) {
+                          const A u_here = uncovered(team, own, envelope, first, outside, eps).u;
+                          const int64_t i = first + team.rank;
+                          if (i >= own.n) continue;
+                          if (u) u[ray.begin + i] = u_here;
+                          if (d_w) d_w[ray.begin + i] = narrow<T>(scale * (u_here * (2 - u_here)));
+                        }
+                        if (!d_w_env) return;
+                        sync(team);
+                        for (int64_t first = 0; first < envelope.n; first += kThreads) {
+                          const int64_t k = first + team.rank;
+                          Range range{0, 0};
+                          if (k < envelope.n) range = samples_of(envelope, k, own, outside);
+                          const double sum = sum_of(u + ray.begin, range);
+                          if (k < envelope.n) {
+                            d_w_env[env_ray.begin + k] =
+                                narrow<T>(-2 * scale * static_cast<A>(sum));
+                          }
+                        }
+                      });
+}
+
+}  // namespace
+}  // namespace rayfuse
+
+#include "registration.h"
+
+namespace rayfuse {
+namespace {
+
+template <class T>
+PackedIntervals<T> intervals(const Tensor& starts, const Tensor& ends, const Tensor& w,
+                             const Tensor& offsets) {
+  return {data<T>(starts), data<T>(ends), data<T>(w), data<int64_t>(offsets), w.numel()};
+}
+
+Tensor fwd(const Tensor& t_starts, const Tensor& t_ends, const Tensor& w, const Tensor& offsets,
+           const Tensor& t_env_starts, const Tensor& t_env_ends, const Tensor& w_env,
+           const Tensor& offsets_env, int64_t outside, double eps) {
+  const Device device(w);
+  const int64_t R = offsets.numel() - 1;
+  Tensor loss = empty(w, {R}, accumulator_dtype(w));
+  dispatch(w, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    launch({packed_blocks(R), kBlock, 0, device.stream()}, packed_interlevel_loss_fwd_kernel<T>, R,
+           outside, static_cast<A>(eps), intervals<T>(t_starts, t_ends, w, offsets),
+           intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env), mutable_data<A>(loss));
+  });
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t_starts, const Tensor& t_ends,
+                               const Tensor& w, const Tensor& offsets, const Tensor& t_env_starts,
+                               const Tensor& t_env_ends, const Tensor& w_env,
+                               const Tensor& offsets_env, int64_t outside, double eps,
+                               int64_t needs) {
+  const Device device(w);
+  const int64_t R = offsets.numel() - 1;
+  Tensor d_w = empty_gradient(w, needs, 0), d_w_env = empty_gradient(w_env, needs, 1);
+  if (d_w.numel() + d_w_env.numel() == 0) return {d_w, d_w_env};
+  const Tensor u = empty(w, {d_w_env.numel() ? w.numel() : 0}, accumulator_dtype(w));
+  dispatch(w, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    // one block at least, for samples and bins of no ray
+    launch({std::max<int64_t>(packed_blocks(R), 1), kBlock, 0, device.stream()},
+           packed_interlevel_loss_bwd_kernel<T>, R, outside, static_cast<A>(eps), data<A>(d_loss),
+           intervals<T>(t_starts, t_ends, w, offsets),
+           intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env), mutable_data<A>(u),
+           mutable_data<T>(d_w), mutable_data<T>(d_w_env));
+  });
+  return {d_w, d_w_env};
+}
+
+}  // namespace
+
+RAYFUSE_REGISTER(m) {
+  m.impl("packed_interlevel_loss", TORCH_BOX(&fwd));
+  m.impl("packed_interlevel_loss_bwd", TORCH_BOX(&bwd));
+}
+
+}  // namespace rayfuse

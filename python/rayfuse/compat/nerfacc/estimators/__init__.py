@@ -1,0 +1,1 @@
+"""nerfacc.estimators: where along rays to take samples."""

@@ -1,0 +1,367 @@
+# Interlevel loss of packed rays, the formulas of csrc/cpu/packed_interlevel_loss.cpp: L = 1/n sum_i
+# r_i u_i over a ray's n samples, r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i + eps); d_w_i =
+# u_i (2 - u_i), d_w_outer_i = -2 u_i, of which each bin of w_env gets those it bounds; all times
+# d_loss / n. A program owns BLOCK_R rays and takes BLOCK_S samples or bins of each at a time, then
+# the long ones among them by themselves. Running sums of w_env go to global memory in double, where
+# samples look up what lies between the bins that they find by bisection; backward the same of u,
+# where bins look. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import accumulator, empty_gradient, launch_packed, load, packed_rays, packed_values
+from .interlevel_loss import _uncovered as uncovered
+
+
+@triton.jit
+def packed_interlevel_loss_fwd_kernel(
+    loss_ptr,  # [R]
+    until_ptr,  # [Q]
+    t_starts_ptr,  # [P]
+    t_ends_ptr,  # [P]
+    w_ptr,  # [P]
+    offsets_ptr,  # [R+1]
+    t_env_starts_ptr,  # [Q]
+    t_env_ends_ptr,  # [Q]
+    w_env_ptr,  # [Q]
+    offsets_env_ptr,  # [R+1]
+    R,
+    P,
+    Q,
+    EPS: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_LONG: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R
+    r = first + tl.arange(0, BLOCK_R)
+    begin, n = packed_rays(offsets_ptr, r, R, P)
+    begin_env, m = packed_rays(offsets_env_ptr, r, R, Q)
+    short = tl.maximum(n, m) <= BLOCK_LONG
+    loss = _losses(
+        loss_ptr, until_ptr, t_starts_ptr, t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr,
+        w_env_ptr, begin, tl.where(short, n, 0), begin_env, tl.where(short, m, 0), EPS, OUTSIDE,
+        BLOCK_S,
+    )  # fmt: skip
+    tl.store(loss_ptr + r, loss, mask=(r < R) & short)
+    if tl.max(tl.maximum(n, m), 0) > BLOCK_LONG:
+        for i in range(BLOCK_R):
+            one = first + i + tl.arange(0, 1)
+            begin_one, n_one = packed_rays(offsets_ptr, one, R, P)
+            begin_env_one, m_one = packed_rays(offsets_env_ptr, one, R, Q)
+            long = (one < R) & (tl.maximum(n_one, m_one) > BLOCK_LONG)
+            loss_one = _losses(
+                loss_ptr, until_ptr, t_starts_ptr, t_ends_ptr, w_ptr, t_env_starts_ptr,
+                t_env_ends_ptr, w_env_ptr, begin_one, tl.where(long, n_one, 0), begin_env_one,
+                tl.where(long, m_one, 0), EPS, OUTSIDE, BLOCK_LONG,
+            )  # fmt: skip
+            tl.store(loss_ptr + one, loss_one, mask=long)
+
+
+@triton.jit
+def _losses(
+    loss_ptr,
+    until_ptr,
+    t_starts_ptr,
+    t_ends_ptr,
+    w_ptr,
+    t_env_starts_ptr,
+    t_env_ends_ptr,
+    w_env_ptr,
+    begin,
+    n,
+    begin_env,
+    m,
+    EPS: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    A: tl.constexpr = loss_ptr.dtype.element_ty
+    _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK)
+    loss = tl.zeros(n.shape, tl.float64)
+    for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
+        s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        rest, u = _uncovered(
+            until_ptr, t_starts_ptr, t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr, begin, n,
+            begin_env, m, s, EPS, OUTSIDE, A,
+        )  # fmt: skip
+        loss += tl.sum((rest * u).to(tl.float64), 1)
+    return (loss / tl.maximum(n, 1)).to(A)
+
+
+@triton.jit
+def packed_interlevel_loss_bwd_kernel(
+    d_w_ptr,  # [P]
+    d_w_env_ptr,  # [Q]
+    until_ptr,  # [Q]
+    u_until_ptr,  # [P]
+    d_loss_ptr,  # [R]
+    t_starts_ptr,  # [P]
+    t_ends_ptr,  # [P]
+    w_ptr,  # [P]
+    offsets_ptr,  # [R+1]
+    t_env_starts_ptr,  # [Q]
+    t_env_ends_ptr,  # [Q]
+    w_env_ptr,  # [Q]
+    offsets_env_ptr,  # [R+1]
+    R,
+    P,
+    Q,
+    EPS: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    NEEDS_D_W: tl.constexpr,
+    NEEDS_D_W_ENV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_LONG: tl.constexpr,
+):
+    # one ray less: the samples before offsets[0]
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R - 1
+    r = first + tl.arange(0, BLOCK_R)
+    begin, n = packed_rays(offsets_ptr, r, R, P)
+    begin_env, m = packed_rays(offsets_env_ptr, r, R, Q)
+    short = tl.maximum(n, m) <= BLOCK_LONG
+    d_loss = packed_values(d_loss_ptr, r, R)
+    _gradients(
+        d_w_ptr, d_w_env_ptr, until_ptr, u_until_ptr, d_loss, t_starts_ptr, t_ends_ptr, w_ptr,
+        t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, begin, tl.where(short, n, 0), begin_env,
+        tl.where(short, m, 0), EPS, OUTSIDE, NEEDS_D_W, NEEDS_D_W_ENV, BLOCK_S,
+    )  # fmt: skip
+    if tl.max(tl.maximum(n, m), 0) > BLOCK_LONG:
+        for i in range(BLOCK_R):
+            one = first + i + tl.arange(0, 1)
+            begin_one, n_one = packed_rays(offsets_ptr, one, R, P)
+            begin_env_one, m_one = packed_rays(offsets_env_ptr, one, R, Q)
+            long = tl.maximum(n_one, m_one) > BLOCK_LONG
+            d_loss_one = packed_values(d_loss_ptr, one, R)
+            _gradients(
+                d_w_ptr, d_w_env_ptr, until_ptr, u_until_ptr, d_loss_one, t_starts_ptr, t_ends_ptr,
+                w_ptr, t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, begin_one,
+                tl.where(long, n_one, 0), begin_env_one, tl.where(long, m_one, 0), EPS, OUTSIDE,
+                NEEDS_D_W, NEEDS_D_W_ENV, BLOCK_LONG,
+            )  # fmt: skip
+
+
+@triton.jit
+def _gradients(
+    d_w_ptr,
+    d_w_env_ptr,
+    until_ptr,
+    u_until_ptr,
+    d_loss,
+    t_starts_ptr,
+    t_ends_ptr,
+    w_ptr,
+    t_env_starts_ptr,
+    t_env_ends_ptr,
+    w_env_ptr,
+    begin,
+    n,
+    begin_env,
+    m,
+    EPS: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    NEEDS_D_W: tl.constexpr,
+    NEEDS_D_W_ENV: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    A: tl.constexpr = d_loss.dtype
+    _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK)
+    scale = (d_loss / tl.maximum(n, 1))[:, None]
+    u_sum = tl.zeros(n.shape, tl.float64)
+    for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
+        s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        _, u = _uncovered(
+            until_ptr, t_starts_ptr, t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr, begin, n,
+            begin_env, m, s, EPS, OUTSIDE, A,
+        )  # fmt: skip
+        here = s < n[:, None]
+        if NEEDS_D_W:
+            tl.store(d_w_ptr + begin[:, None] + s, scale * (u * (2 - u)), mask=here)
+        if NEEDS_D_W_ENV:
+            wide = u.to(tl.float64)
+            tl.store(
+                u_until_ptr + begin[:, None] + s, u_sum[:, None] + tl.cumsum(wide, 1), mask=here
+            )
+            u_sum += tl.sum(wide, 1)
+
+    if NEEDS_D_W_ENV:
+        # other threads read them
+        tl.debug_barrier()
+        n, m = n[:, None], m[:, None]
+        begin, begin_env = begin[:, None], begin_env[:, None]
+        for b in range(tl.cdiv(tl.max(m), BLOCK)):
+            k = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+            here = k < m
+            # a bin bounds the samples that end at or beyond the end of the one before it, and
+            # start before the start of the next one
+            inner, outer = here & (k > 0), here & (k < m - 1)
+            at = begin_env + k
+            before = load(t_env_ends_ptr + at - 1, inner, A)
+            behind = load(t_env_starts_ptr + at + 1, outer, A)
+            if OUTSIDE != 0:
+                before = tl.where(k > 0, before, load(t_env_starts_ptr + at, here & (k == 0), A))
+                inner = here
+            if OUTSIDE == 1:
+                last = here & (k == m - 1)
+                behind = tl.where(last, load(t_env_ends_ptr + at, last, A), behind)
+                outer = here
+            from_ = tl.where(inner, _count(t_ends_ptr + begin, n, before, inner, False, A), 0)
+            until = tl.where(outer, _count(t_starts_ptr + begin, n, behind, outer, False, A), n)
+            d = _up_to(u_until_ptr + begin, until, here) - _up_to(u_until_ptr + begin, from_, here)
+            tl.store(d_w_env_ptr + at, -2 * scale * d.to(A), mask=here)
+
+
+@triton.jit
+def _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK: tl.constexpr):
+    """Running sums of the weights of bins, each with its own, for all threads."""
+    sums = tl.zeros(m.shape, tl.float64)
+    for b in range(tl.cdiv(tl.max(m, 0), BLOCK)):
+        k = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        here = k < m[:, None]
+        w_env = load(w_env_ptr + begin_env[:, None] + k, here, tl.float64)
+        tl.store(until_ptr + begin_env[:, None] + k, sums[:, None] + tl.cumsum(w_env, 1), mask=here)
+        sums += tl.sum(w_env, 1)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _uncovered(
+    until_ptr,
+    t_starts_ptr,
+    t_ends_ptr,
+    w_ptr,
+    t_env_starts_ptr,
+    t_env_ends_ptr,
+    begin,
+    n,
+    begin_env,
+    m,
+    s,
+    EPS: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    A: tl.constexpr,
+):
+    """What of samples s is not covered, and its ratio to their weight; exactly 0 where all is."""
+    here = s < n[:, None]
+    at, m, begin_env = begin[:, None] + s, m[:, None], begin_env[:, None]
+    start, end = load(t_starts_ptr + at, here, A), load(t_ends_ptr + at, here, A)
+    starts_ptrs, ends_ptrs = t_env_starts_ptr + begin_env, t_env_ends_ptr + begin_env
+    first = tl.maximum(_count(starts_ptrs, m, start, here, True, A) - 1, 0)
+    behind = tl.minimum(_count(ends_ptrs, m, end, here, True, A) + 1, m)
+    if OUTSIDE != 0:
+        behind = tl.where(load(starts_ptrs, m > 0, A) > end, 0, behind)
+    if OUTSIDE == 1:
+        first = tl.where(load(ends_ptrs + m - 1, m > 0, A) > start, first, m)
+    until_ptrs = until_ptr + begin_env
+    w_outer = (_up_to(until_ptrs, behind, here) - _up_to(until_ptrs, first, here)).to(A)
+    return uncovered(load(w_ptr + at, here, A), w_outer, EPS)
+
+
+@triton.jit
+def _up_to(sums_ptrs, count, here):
+    """The sum of so many of the first values."""
+    return load(sums_ptrs + count - 1, here & (count > 0), tl.float64)
+
+
+@triton.jit
+def _count(ptrs, n, x, here, RIGHT: tl.constexpr, A: tl.constexpr):
+    """How many of n values that do not decrease are below x, with RIGHT also those at x."""
+    end = tl.where(here, n, 0)
+    begin = tl.zeros_like(end)
+    while tl.max(end - begin) > 0:
+        middle = begin + (end - begin) // 2
+        searching = begin < end
+        value = load(ptrs + middle, searching, A)
+        goes_on = ~(value > x) if RIGHT else value < x
+        begin = tl.where(searching & goes_on, middle + 1, begin)
+        end = tl.where(searching & ~goes_on, middle, end)
+    return begin
+
+
+def fwd(
+    t_starts: Tensor,
+    t_ends: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    t_env_starts: Tensor,
+    t_env_ends: Tensor,
+    w_env: Tensor,
+    offsets_env: Tensor,
+    outside: int,
+    eps: float,
+) -> Tensor:
+    R, P, Q = len(offsets) - 1, len(w), len(w_env)
+    loss = w.new_empty(R, dtype=accumulator(w.dtype))
+    until = w.new_empty(Q, dtype=torch.float64)
+    grid, tile = launch_packed(R, max(P, Q), w.dtype)
+    packed_interlevel_loss_fwd_kernel[grid](
+        loss,
+        until,
+        t_starts,
+        t_ends,
+        w,
+        offsets,
+        t_env_starts,
+        t_env_ends,
+        w_env,
+        offsets_env,
+        R,
+        P,
+        Q,
+        EPS=eps,
+        OUTSIDE=outside,
+        **tile,
+    )
+    return loss
+
+
+def bwd(
+    d_loss: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    t_env_starts: Tensor,
+    t_env_ends: Tensor,
+    w_env: Tensor,
+    offsets_env: Tensor,
+    outside: int,
+    eps: float,
+    needs: int,
+) -> tuple[Tensor, Tensor]:
+    R, P, Q = len(offsets) - 1, len(w), len(w_env)
+    d_w, d_w_env = empty_gradient(w, needs, 0), empty_gradient(w_env, needs, 1)
+    if R == 0:
+        return d_w.zero_(), d_w_env.zero_()
+    until = w.new_empty(Q, dtype=torch.float64)
+    u_until = w.new_empty(P if needs & 2 else 0, dtype=torch.float64)
+    grid, tile = launch_packed(R + 2, max(P, Q), w.dtype)
+    packed_interlevel_loss_bwd_kernel[grid](
+        d_w,
+        d_w_env,
+        until,
+        u_until,
+        d_loss,
+        t_starts,
+        t_ends,
+        w,
+        offsets,
+        t_env_starts,
+        t_env_ends,
+        w_env,
+        offsets_env,
+        R,
+        P,
+        Q,
+        EPS=eps,
+        OUTSIDE=outside,
+        NEEDS_D_W=bool(needs & 1),
+        NEEDS_D_W_ENV=bool(needs & 2),
+        **tile,
+    )
+    return d_w, d_w_env
