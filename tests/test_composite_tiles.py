@@ -63,6 +63,7 @@ class TestCompositeTiles(Contract):
     sizes = tuple({"N": N, "D": D, "Y": 1, "X": 2} for N, D in ((0, 3), (4, 0), (9, 5)))
     typical = {"N": 4, "D": 2, "Y": 1, "X": 2}
     small = dict(tile_size=4, image_width=7, image_height=3)
+    gpu_sizes = tuple({"N": 32, "D": D, "Y": 1, "X": 2} for D in (3, 64))
     variants = (
         small,
         dict(small, preset="inria", depths=None, masks=None, background=None),
