@@ -152,9 +152,9 @@ def environment() -> dict[str, object]:
 
 
 def _file_name() -> str:
-    return (
-        "-".join(str(environment()["cpu"]).lower().split()) + f"-{environment()['threads']}-threads"
-    )
+    """Of the processor; many have the same name, and their instruction sets differ."""
+    words = [*str(environment()["cpu"]).lower().split(), str(environment()["instruction_set"])]
+    return "-".join(words) + f"-{environment()['threads']}-threads"
 
 
 class Table:
