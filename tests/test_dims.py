@@ -1,7 +1,9 @@
 """The dims string: its grammar, what it binds, and what it says of a misfit."""
 
 import pytest
+import torch
 
+import rayfuse
 from rayfuse.dims import ShapeError, Signature
 
 PAIR = Signature.parse("t[..., S+1] w[..., S] -> loss[...]")
@@ -58,3 +60,26 @@ def test_misfit_names_the_input_that_each_size_comes_from():
 def test_what_breaks_the_grammar_is_refused(text):
     with pytest.raises(ValueError, match="dim"):
         Signature.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("ray_indices", "rays", "error", "message"),
+    [
+        (
+            torch.tensor([0, 2, 1]),
+            3,
+            ValueError,
+            r"be from 0 to 2, got 1 at \[2\]",
+        ),
+        (torch.tensor([0, 3]), 3, ValueError, r"got 3 at \[1\]"),
+        (torch.tensor([-1, 0]), 3, ValueError, r"got -1 at \[0\]"),
+        (torch.tensor([[0]]), 3, ValueError, r"have shape \[P\], got \[1, 1\]"),
+        (torch.tensor([0]), -1, ValueError, "rays must be >= 0, got -1"),
+        (torch.tensor([0.0]), 3, TypeError, "be an int64 tensor, got float32"),
+        (torch.tensor([0]), 3.0, TypeError, "rays must be an integer, got float"),
+    ],
+    ids=str,
+)
+def test_bad_ray_indices_are_named(ray_indices, rays, error, message):
+    with pytest.raises(error, match=f"ray_offsets: .*{message}"):
+        rayfuse.ray_offsets(ray_indices, rays)

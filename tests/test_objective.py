@@ -159,13 +159,13 @@ def test_normals_without_a_graph_give_the_same_in_one_pass(monkeypatch):
     [
         (
             ("rgb_target", "features_target"),
-            {"rgb_loss", "feature_loss"},
+            ("rgb_loss", "feature_loss"),
             "feature_distillation_loss",
         ),
-        (("d", "n_pred"), {"orientation_loss", "predicted_normal_loss"}, "normal_losses"),
-        (("n",), {"orientation_loss", "predicted_normal_loss"}, "normal_losses"),
-        (("s", "proposals"), {"distortion_loss", "interlevel_loss"}, "distortion_loss"),
-        (("proposals",), {"interlevel_loss"}, "interlevel_loss"),
+        (("d", "n_pred"), ("orientation_loss", "predicted_normal_loss"), "normal_losses"),
+        (("n",), ("orientation_loss", "predicted_normal_loss"), "normal_losses"),
+        (("s", "proposals"), ("distortion_loss", "interlevel_loss"), "distortion_loss"),
+        (("proposals",), ("interlevel_loss",), "interlevel_loss"),
     ],
     ids=str,
 )
