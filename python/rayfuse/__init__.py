@@ -15,6 +15,7 @@ from .objective import FieldLosses, field_losses
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 from .packed import ray_offsets
+from .tiles import TileLists, intersect_tiles
 
 try:
     __version__ = version("rayfuse")
@@ -24,9 +25,11 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 __all__ = [
     "BackendError",
     "FieldLosses",
+    "TileLists",
     "backends",
     "debug",
     "field_losses",
+    "intersect_tiles",
     "last_backend",
     "ray_offsets",
     "release_memory",
