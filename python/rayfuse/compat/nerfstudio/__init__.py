@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from .. import swap_everywhere
 from . import losses, rays, renderers
 
 __all__ = ["install", "uninstall"]
@@ -51,8 +51,8 @@ def _replace_losses(module: Any) -> None:
     for name in losses.FUNCTIONS:
         theirs = getattr(module, name)
         ours = _copy(getattr(losses, name), theirs)
-        _swap_everywhere(theirs, ours)
-        _undo[name] = functools.partial(_swap_everywhere, ours, theirs)
+        swap_everywhere(theirs, ours)
+        _undo[name] = functools.partial(swap_everywhere, ours, theirs)
 
 
 def _copy(function: Callable, theirs: Callable) -> Callable:
@@ -63,13 +63,6 @@ def _copy(function: Callable, theirs: Callable) -> Callable:
         return function(*args, **named)
 
     return call
-
-
-def _swap_everywhere(old: Callable, new: Callable) -> None:
-    for module in [*sys.modules.values()]:
-        for name, value in [*getattr(module, "__dict__", {}).items()]:
-            if value is old:
-                setattr(module, name, new)
 
 
 def _replace_weights(ray_samples: type) -> None:
