@@ -18,8 +18,9 @@ from torch.nn import functional as F
 import rayfuse
 from rayfuse import cli
 from rayfuse.train import InputError, InputWarning, trainer
+from rayfuse.train import run as runs
 from rayfuse.train import scene as scenes
-from rayfuse.train.config import PRESETS, TrainConfig, from_json, parse, to_json
+from rayfuse.train.config import PRESETS, TrainConfig, parse
 from rayfuse.train.evaluate import render_view
 from rayfuse.train.features import FeatureConfig, FeatureMap, Trunk, extract
 from rayfuse.train.field import CORNERS, Field, FieldConfig, HashGrid
@@ -39,6 +40,7 @@ from rayfuse.train.objective import (
     get_scheduled_loss_weight,
     interlevel_loss,
 )
+from rayfuse.train.options import from_json, to_json
 from rayfuse.train.space import Contraction, Frustum
 
 ROOT = Path(__file__).parents[1]
@@ -679,11 +681,11 @@ class TestTraining:
             whole.train_step()
         for _ in range(8):
             half.train_step()
-        trainer.save_checkpoint(tmp_path / "checkpoint.pt", half.state())
+        runs.save_checkpoint(tmp_path / "checkpoint.pt", half.state())
         del half
         torch.rand(5)  # the global generator must not matter
         again = trainer.Trainer(config, scene, features)
-        again.load(trainer.read_checkpoint(tmp_path / "checkpoint.pt"))
+        again.load(runs.read_checkpoint(tmp_path / "checkpoint.pt", trainer.FORMAT))
         for _ in range(8):
             again.train_step()
         expected, ours = state_of(whole), state_of(again)
@@ -723,7 +725,8 @@ class TestTraining:
         monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
         assert run(ball, *arguments, "--output", tmp_path / "parts") == 130
         monkeypatch.undo()
-        assert trainer.read_checkpoint(tmp_path / "parts" / "checkpoint.pt")["step"] == 7
+        stopped = runs.read_checkpoint(tmp_path / "parts" / "checkpoint.pt", trainer.FORMAT)
+        assert stopped["step"] == 7
         assert run("--resume", tmp_path / "parts") == 0
         logs = [
             [
@@ -884,7 +887,7 @@ class TestBadInput:
         if damage == "text":
             path.write_text("not a checkpoint")
         elif damage == "truncated":
-            trainer.save_checkpoint(path, made.state())
+            runs.save_checkpoint(path, made.state())
             path.write_bytes(path.read_bytes()[:1000])
         elif damage == "foreign":
             torch.save({"pipeline": {}, "step": 3}, path)
@@ -900,7 +903,7 @@ class TestBadInput:
     def test_checkpoint_of_another_scene(self, capfd, ball, own_ball, tmp_path):
         made = trainer.Trainer(tiny(scene=own_ball[0]), scenes.load_scene(ball), {})
         (tmp_path / "run").mkdir()
-        trainer.save_checkpoint(tmp_path / "run" / "checkpoint.pt", made.state())
+        runs.save_checkpoint(tmp_path / "run" / "checkpoint.pt", made.state())
         assert "must be of the scene" in rejected(capfd, "--resume", tmp_path / "run")
 
     def test_feature_files(self, capfd, ball, tmp_path):

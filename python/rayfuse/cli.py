@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 USAGE = """\
@@ -15,7 +15,7 @@ usage: rayfuse COMMAND ...
 
 `rayfuse COMMAND --help` explains a command.
 """
-INSTALL = "rayfuse train: needs the extra 'train': pip install 'rayfuse[train]' (missing: {})"
+INSTALL = "needs the extra 'train': pip install 'rayfuse[train]' (missing: {})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else ""
     if command == "train":
-        return _train(arguments)
+        return _run(command, arguments)
     if command == "doctor":
         from rayfuse import doctor
 
@@ -40,42 +40,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if asked else 2
 
 
-def _say(*message: object) -> None:
-    text = " ".join(" ".join(map(str, message)).split())
-    sys.stderr.write(f"rayfuse train: {text}\n")
+def _run(command: str, arguments: list[str]) -> int:
+    """Runs a command that trains; whatever goes wrong by what the user gave is one line."""
 
+    def say(*message: object) -> None:
+        text = " ".join(" ".join(map(str, message)).split())
+        sys.stderr.write(f"rayfuse {command}: {text}\n")
 
-def _train(arguments: list[str]) -> int:
     try:
         from rayfuse.train import InputError, InputWarning
-        from rayfuse.train.config import parse
-        from rayfuse.train.trainer import train
+
+        parse, job = _job(command)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("rayfuse"):
             raise
-        sys.stderr.write(INSTALL.format(error.name) + "\n")
+        say(INSTALL.format(error.name))
         return 2
     plain = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, InputWarning):
-            _say(message)
+            say(message)
         else:
             plain(message, category, *place, **more)
 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show
-            return train(parse(arguments))
+            return job(parse(arguments))
     except InputError as error:
-        _say(error)
+        say(error)
         return 2
     except FloatingPointError as error:
-        _say(error)
+        say(error)
         return 1
     except KeyboardInterrupt:
-        _say("stopped by Ctrl-C")
+        say("stopped by Ctrl-C")
         return 130
+
+
+def _job(command: str) -> tuple[Callable[[list[str]], Any], Callable[[Any], int]]:
+    """Of a command that trains: what makes a configuration of its arguments, and what runs it."""
+    assert command == "train"
+    from rayfuse.train.config import parse
+    from rayfuse.train.trainer import train
+
+    return parse, train
 
 
 if __name__ == "__main__":

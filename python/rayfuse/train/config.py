@@ -1,28 +1,17 @@
-"""The configuration of a training run, its presets, and its form in JSON."""
+"""The configuration of `rayfuse train`, and its presets."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
 
-import tyro
-
-from rayfuse.train import InputError
+from rayfuse.train import InputError, options
 from rayfuse.train.features import FeatureConfig
 from rayfuse.train.field import FieldConfig
 from rayfuse.train.model import SamplerConfig
 from rayfuse.train.objective import ObjectiveConfig
-
-
-def _arg(metavar: str, hint: str) -> Any:
-    """How --help shows an option whose default is worked out later."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"({hint})")
+from rayfuse.train.options import RunConfig
 
 
 @dataclass
@@ -46,35 +35,13 @@ class OptimiserConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Train a feature field on posed photographs.
 
     SCENE is a folder or file in transforms.json form (instant-ngp, nerfstudio, Blender). Without
     it, the Motorcycle stereo pair that scikit-image installs is used.
     """
 
-    scene: Annotated[
-        Path | None, tyro.conf.Positional, _arg("[SCENE]", "default: the Motorcycle pair")
-    ] = None
-    """Folder with transforms.json, or that file."""
-    preset: Annotated[str, _arg("NAME", "default: demo for the Motorcycle pair, else photos")] = ""
-    """Where all other values start, see above."""
-    downscale: Annotated[int, _arg("N", "default: 2 for the Motorcycle pair, else 1")] = 0
-    """Average the photographs over blocks of N x N pixels."""
-    steps: int = 3000
-    """Training steps; the learning rates reach their end at the last one."""
-    output: Annotated[Path | None, _arg("DIR", "default: runs/<scene>-<date>-<time>")] = None
-    """Folder for the run, new or empty."""
-    resume: Annotated[Path | None, _arg("DIR", "default: a new run")] = None
-    """Folder of a run to continue from its checkpoint; only --steps and --device then count."""
-    seed: int = 0
-    """Same seed, same run, bit for bit on a CPU."""
-    device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, xpu, ..."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints; one is also written at the end and on Ctrl-C."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
     compare_steps: int = 100
     """Steps to make first on the reference and on the kernels, for the report; 0 for none."""
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -132,55 +99,28 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of a command line; leaves with code 0 for --help, 2 for bad options."""
-    name = _preset_of(arguments)
-    config = _parse_from(name or "demo", arguments)
-    if name or config.scene is None:
-        return config
-    return _parse_from("photos", arguments)
-
-
-def _preset_of(arguments: Sequence[str]) -> str:
-    for number, option in enumerate(arguments):
-        if option == "--preset":
-            return "".join(arguments[number + 1 : number + 2])
-        if option.startswith("--preset="):
-            return option.partition("=")[2]
-    return ""
-
-
-def _parse_from(name: str, arguments: Sequence[str]) -> TrainConfig:
-    if name not in PRESETS:
-        raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    default = replace(PRESETS[name][1], preset=name)
-    presets = "\n\n".join(f"preset {key}: {about}." for key, (about, _) in PRESETS.items())
-    about = inspect.cleandoc(TrainConfig.__doc__ or "")
-    return tyro.cli(
-        TrainConfig,
-        args=list(arguments),
-        prog="rayfuse train",
-        default=default,
-        description=f"{about}\n\n{presets}",
-    )
+    return options.parse("train", PRESETS, arguments)
 
 
 def check(config: TrainConfig) -> None:
     """Raises InputError for values that cannot train."""
-    positive = {
-        "steps": config.steps,
-        "checkpoint-every": config.checkpoint_every,
-        "log-every": config.log_every,
-        "optimiser.rays-per-step": config.optimiser.rays_per_step,
-        "sampler.num-nerf-samples-per-ray": config.sampler.num_nerf_samples_per_ray,
-        "sampler.num-proposal-samples-per-ray": min(config.sampler.num_proposal_samples_per_ray),
-        "field.levels": config.field.levels,
-        "field.channels": config.field.channels,
-        "field.hidden": config.field.hidden,
-        "field.feature-levels": config.field.feature_levels,
-        "field.feature-channels": config.field.feature_channels,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
+    options.require_positive(
+        {
+            "steps": config.steps,
+            "checkpoint-every": config.checkpoint_every,
+            "log-every": config.log_every,
+            "optimiser.rays-per-step": config.optimiser.rays_per_step,
+            "sampler.num-nerf-samples-per-ray": config.sampler.num_nerf_samples_per_ray,
+            "sampler.num-proposal-samples-per-ray": min(
+                config.sampler.num_proposal_samples_per_ray
+            ),
+            "field.levels": config.field.levels,
+            "field.channels": config.field.channels,
+            "field.hidden": config.field.hidden,
+            "field.feature-levels": config.field.feature_levels,
+            "field.feature-channels": config.field.feature_channels,
+        }
+    )
     field = config.field
     if field.coarsest < 2 or min(field.finest, field.feature_finest) < field.coarsest:
         raise InputError(
@@ -191,26 +131,3 @@ def check(config: TrainConfig) -> None:
         raise InputError(
             f"--field.proposal-finest must be at least 8, got {min(field.proposal_finest)}"
         )
-
-
-def to_json(config: Any) -> Any:
-    """A dataclass as nested dicts of JSON values."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    return str(config) if isinstance(config, Path) else config
-
-
-def from_json(kind: Any, value: Any) -> Any:
-    """The inverse of to_json, for the type `kind`; unknown keys raise KeyError."""
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = value.keys() - hints.keys()
-        if unknown:
-            raise KeyError(f"unknown settings {sorted(unknown)}")
-        return kind(**{key: from_json(hints[key], item) for key, item in value.items()})  # type: ignore[operator]
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        options = [option for option in typing.get_args(kind) if option is not type(None)]
-        return None if value is None else from_json(options[0], value)
-    if kind is Path:
-        return Path(value)
-    return tuple(value) if typing.get_origin(kind) is tuple else value

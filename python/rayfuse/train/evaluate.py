@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ class View:
     rgb: Tensor
     accumulation: Tensor
     depth: Tensor
-    normal: Tensor
-    predicted_normal: Tensor
-    heads: dict[str, Tensor]
+    normal: Tensor | None = None
+    predicted_normal: Tensor | None = None
+    heads: dict[str, Tensor] = field(default_factory=dict)
 
 
 def psnr(mse: float) -> float:
@@ -47,31 +48,34 @@ def render_view(
     """Renders the whole of one photograph's frame."""
     h, w = scene.rgb.shape[1:3]
     pixels = torch.arange(scene.pixels, device=scene.rgb.device) + view * scene.pixels
-    parts: list[tuple[list[Tensor], dict[str, Tensor]]] = []
+    parts: list[dict[str, Tensor]] = []
     for index in pixels.split(RAYS_AT_ONCE):
         out = model(scene.rays(index), None, None if objective.predict_normals else 0)
         rgb = blend(out.rgb, out.accumulation, out.last_rgb, objective.background_color)
-        weights = out.levels[-1].weights[:, None]
-        normals = [
-            torch.zeros_like(rgb) if n is None else (weights @ n)[:, 0] @ scene.poses[view, :, :3]
-            for n in (out.normals, out.predicted_normals)
-        ]
-        parts.append(([rgb.clamp(0.0, 1.0), out.accumulation, out.depth, *normals], out.features))
-    rgb, accumulation, depth, normal, predicted = (
-        torch.cat(part).view(h, w, -1) for part in zip(*(i for i, _ in parts), strict=True)
-    )
-    heads = {k: torch.cat([f[k] for _, f in parts]).view(h, w, -1) for k in parts[0][1]}
-    return View(rgb, accumulation, depth, normal, predicted, heads)
+        part = dict(rgb=rgb.clamp(0.0, 1.0), accumulation=out.accumulation, depth=out.depth)
+        if out.normals is not None and out.predicted_normals is not None:
+            weights, to_camera = out.levels[-1].weights[:, None], scene.poses[view, :, :3]
+            part["normal"] = (weights @ out.normals)[:, 0] @ to_camera
+            part["predicted_normal"] = (weights @ out.predicted_normals)[:, 0] @ to_camera
+        parts.append(part | out.features)
+    images = {name: torch.cat([part[name] for part in parts]).view(h, w, -1) for name in parts[0]}
+    heads = {name: images.pop(name) for name in out.features}
+    return View(**images, heads=heads)
 
 
 def evaluate(
-    model: FeatureFieldModel,
+    render: Callable[[int], View],
     scene: Scene,
-    features: dict[str, FeatureMap],
     run_dir: Path,
-    objective: ObjectiveConfig,
+    features: dict[str, FeatureMap],
+    white: bool = False,
 ) -> dict[str, Any]:
     """PSNR and SSIM of what was held out, with the images of every view that holds it.
+
+    Args:
+        render: the whole frame of a photograph by its index.
+        features: what the heads of a view were trained on, by name.
+        white: photographs stand in front of white, else of black.
 
     Held-out pixels: PSNR over all of them together, SSIM as the mean over them of the SSIM map of
     the whole render. Held-out views: means over views. Returns the content of evaluation.json but
@@ -79,11 +83,10 @@ def evaluate(
     """
     folder = run_dir / "renders"
     folder.mkdir(exist_ok=True)
-    white = objective.background_color == "white"
     views: list[dict[str, Any]] = []
     squared, count = 0.0, 0
     for number in scene.test_views:
-        view = render_view(model, scene, number, objective)
+        view = render(number)
         photo = scene.rgb[number]
         if scene.alpha is not None and white:
             photo = photo + (1 - scene.alpha[number])[..., None]
@@ -156,7 +159,7 @@ def _images(
     }
     for kind in ("normal", "predicted_normal"):
         normal = getattr(view, kind)
-        if bool(normal.any()):
+        if normal is not None:
             images[kind] = 0.5 + 0.5 * normal
     pixels = torch.arange(scene.pixels, device=photo.device) + number * scene.pixels
     for head, rendered in view.heads.items():

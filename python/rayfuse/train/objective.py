@@ -6,7 +6,7 @@ Names and defaults of the configuration are F3RM's and nerfstudio's.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.profiler import record_function
 import rayfuse
 from rayfuse.train.model import Background, Level, Outputs
 from rayfuse.train.profile import fused
+from rayfuse.train.run import Terms
 
 
 @dataclass
@@ -58,23 +59,6 @@ class Batch:
     depth: Tensor | None
     features: dict[str, Tensor]
     background: Tensor | None
-
-
-@dataclass
-class Terms:
-    """Every term unweighted, its weight, their weighted sum, and the metrics."""
-
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def weighted(self) -> dict[str, Tensor]:
-        return {name: self.weights[name] * loss for name, loss in self.losses.items()}
-
-    @property
-    def total(self) -> Tensor:
-        return torch.stack(list(self.weighted.values())).sum()
 
 
 def get_scheduled_loss_weight(step: int, base_weight: float, warmup_steps: int = 5000) -> float:

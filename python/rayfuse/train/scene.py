@@ -91,6 +91,29 @@ class Scene:
         keep = ~self.held_out.reshape(len(self.names), -1)
         return keep.any(dim=1).nonzero().flatten().tolist()
 
+    @property
+    def fingerprint(self) -> list[str | int]:
+        """What a checkpoint remembers of the scene that it was trained on."""
+        return [self.name, *self.rgb.shape[:3]]
+
+    def check_fingerprint(self, remembered: list[str | int]) -> None:
+        """Raises InputError unless a checkpoint remembers this scene."""
+        if remembered != self.fingerprint:
+            raise InputError(
+                f"checkpoint must be of the scene {self.fingerprint}, got one of {remembered}"
+            )
+
+    @property
+    def about(self) -> str:
+        """One line for the terminal, in rich's markup."""
+        n, h, w = self.rgb.shape[:3]
+        share = (
+            f"{self.held_out.float().mean().item():.0%} of the pixels held out"
+            if self.split == "pixels"
+            else f"{len(self.test_views)} held out"
+        )
+        return f"[bold]{self.name}[/bold]: {n} photographs of {w} x {h}, {share}"
+
     def to(self, device: torch.device) -> Scene:
         for name in ("rgb", "alpha", "poses", "plane", "camera", "held_out", "depth", "_pool"):
             value = getattr(self, name)
