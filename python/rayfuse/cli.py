@@ -1,7 +1,8 @@
-"""The command line: `rayfuse train` and `rayfuse doctor`."""
+"""The command line: `rayfuse train`, `splat`, `view` and `doctor`."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,18 +12,26 @@ USAGE = """\
 usage: rayfuse COMMAND ...
 
   train    train a feature field on posed photographs and report how well it did
+  splat    train Gaussian splats on posed photographs, and write them as .ply
+  view     look at Gaussian splats in a browser
   doctor   show versions, backends and why each can or cannot run
 
 `rayfuse COMMAND --help` explains a command.
 """
-INSTALL = "needs the extra 'train': pip install 'rayfuse[train]' (missing: {})"
+# command, and extra -> its configuration, and the module of the function of its name
+JOBS = {
+    "train": ("train.config", "train.trainer"),
+    "splat": ("splat.config", "splat.trainer"),
+    "view": ("splat.view", "splat.view"),
+}
+INSTALL = "needs the extra '{0}': pip install 'rayfuse[{0}]' (missing: {1})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else ""
-    if command == "train":
+    if command in JOBS:
         return _run(command, arguments)
     if command == "doctor":
         from rayfuse import doctor
@@ -35,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"rayfuse {rayfuse.__version__}\n")
         return 0
     if command and not asked:
-        sys.stderr.write(f"rayfuse: COMMAND must be train or doctor, got {command}\n")
+        sys.stderr.write(f"rayfuse: COMMAND must be train, splat, view or doctor, got {command}\n")
     (sys.stdout if asked else sys.stderr).write(USAGE)
     return 0 if asked else 2
 
@@ -54,7 +63,7 @@ def _run(command: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("rayfuse"):
             raise
-        say(INSTALL.format(error.name))
+        say(INSTALL.format(command, error.name))
         return 2
     plain = warnings.showwarning
 
@@ -80,12 +89,9 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _job(command: str) -> tuple[Callable[[list[str]], Any], Callable[[Any], int]]:
-    """Of a command that trains: what makes a configuration of its arguments, and what runs it."""
-    assert command == "train"
-    from rayfuse.train.config import parse
-    from rayfuse.train.trainer import train
-
-    return parse, train
+    """What makes a configuration of a command's arguments, and what runs it."""
+    config, job = (importlib.import_module(f"rayfuse.{module}") for module in JOBS[command])
+    return config.parse, getattr(job, command)
 
 
 if __name__ == "__main__":

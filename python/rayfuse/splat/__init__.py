@@ -1,0 +1,1 @@
+"""Train, export and look at Gaussian splats."""
