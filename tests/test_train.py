@@ -102,6 +102,10 @@ def tiny(**changes) -> TrainConfig:
     return replace(config, features=FeatureConfig(feature_type="NONE"), **changes)
 
 
+# few samples, for seconds
+OCCUPANCY = dict(kind="occupancy", grid_resolution=12, grid_steps=24, samples_per_step=1024)
+
+
 def run(*arguments: object) -> int:
     return cli.main(["train", *map(str, arguments)])
 
@@ -245,6 +249,7 @@ class TestSpace:
         t = space.distance(torch.linspace(0, 1, 400)[None], near, far)
         assert torch.allclose(t[0, [0, -1]], torch.tensor([0.2, 100.0]), rtol=1e-4)
         assert (t.diff() > 0).all()
+        assert torch.allclose(space.spacing(t, near, far)[0], torch.linspace(0, 1, 400), atol=1e-5)
         x = torch.tensor([[0.3, 0.0, 0.4], [3.0, 0.0, 4.0], [0.0, -1e6, 0.0]])
         expected = torch.tensor([[0.3, 0.0, 0.4], [1.8 * 0.6, 0.0, 1.8 * 0.8], [0.0, -2.0, 0.0]])
         assert torch.allclose(space.warp(x), expected / 4 + 0.5, atol=1e-5)
@@ -255,6 +260,9 @@ class TestSpace:
         assert torch.allclose(space.warp(x), torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]))
         t = space.distance(torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor(2.0), torch.tensor(4.0))
         assert torch.allclose(t, torch.tensor([[2.0, 8 / 3, 4.0]]))
+        s = space.spacing(t, torch.tensor(2.0), torch.tensor(4.0))
+        assert torch.allclose(s, torch.tensor([[0.0, 0.5, 1.0]]))
+        assert space.box() == ([-2.0, -1.6, -4.0, 2.0, 1.6, -2.0], False)
 
 
 def trilinear(grid: HashGrid, u: torch.Tensor) -> torch.Tensor:
@@ -365,6 +373,30 @@ class TestModel:
             t = samples.t
             assert (samples.s.diff() >= 0).all() and (t.diff() >= 0).all()
             assert (t >= rays.near - 1e-5).all() and (t <= rays.far + 1e-4).all()
+
+    @pytest.mark.parametrize("open_end", [True, False])
+    def test_packed_samples_lie_in_occupied_cells(self, ball, open_end):
+        scene = scenes.load_scene(ball) if open_end else scenes.load_motorcycle(crop=32)
+        generator = torch.Generator().manual_seed(0)
+        sampler = SamplerConfig(**OCCUPANCY)
+        model = make_model(PRESETS["tiny"][1].field, sampler, scene.space, {})
+        model.prepare(0, generator)
+        assert model.grid.binaries.all() and len(model.grid.binaries) == (4 if open_end else 1)
+        model.grid.binaries[:, :6] = False
+        rays = scene.rays(scene.draw(64, generator))
+        for random in (generator, None):
+            samples = model(rays, random, 8)
+            assert torch.equal(samples.offsets, rayfuse.ray_offsets(samples.ray, 64))
+            begin, end = samples.intervals()
+            middle = (begin + end)[:, None] / 2
+            x = rays.origins[samples.ray] + rays.directions[samples.ray] * middle
+            assert (x[:, 0] >= model.grid.aabbs[:, [0, 3]].mean(1).min() - 1e-5).all()
+            assert (middle >= rays.near[samples.ray]).all()
+            assert (middle <= rays.far[samples.ray]).all()
+            assert torch.allclose(samples.u, scene.space.warp(x))
+            assert len(samples.n) == samples.offsets[8] and len(samples.d) == 8
+            assert (samples.s_ends >= samples.s_starts).all()
+        assert 1 <= model.rays_per_step(512) < 512
 
     def test_feature_loss_reaches_density_and_normal_terms_do_not(self):
         """As in F3RM: features through the weights; weights and normals detached for normals."""
@@ -681,10 +713,11 @@ class TestTraining:
         blank = -10 * math.log10((photos - photos.mean(0)).square().mean().item())
         assert evaluation["psnr"] > blank + 3
 
-    def test_resume_continues_bit_for_bit(self, ball, tmp_path):
+    @pytest.mark.parametrize("sampler", [PRESETS["tiny"][1].sampler, SamplerConfig(**OCCUPANCY)])
+    def test_resume_continues_bit_for_bit(self, ball, tmp_path, sampler):
         scene = scenes.load_scene(ball)
         features = extract(scene, FeatureConfig(channels=4))
-        config = tiny(steps=16)
+        config = tiny(steps=16, sampler=sampler)
         whole = trainer.Trainer(config, scene, features)
         half = trainer.Trainer(config, scene, features)
         for _ in range(16):
@@ -702,6 +735,29 @@ class TestTraining:
         assert expected.keys() == ours.keys()
         different = [name for name in expected if not torch.equal(expected[name], ours[name])]
         assert different == []
+
+    def test_an_occupancy_grid_trains_too(self, ball, tmp_path):
+        run_dir = tmp_path / "run"
+        arguments = ["--preset", "tiny", "--steps", 90, "--compare-steps", 2]
+        for name, value in OCCUPANCY.items():
+            arguments += [f"--sampler.{name.replace('_', '-')}", value]
+        assert run(ball, *arguments, "--features.channels", 4, "--output", run_dir) == 0
+        records = log_of(run_dir)
+        assert "interlevel_loss" not in records[0]["losses"] and "proposal" not in records[0]["lr"]
+        for term, share in {"rgb_loss": 0.4, "feature_loss": 0.9}.items():
+            values = [record["losses"][term] for record in records]
+            assert np.mean(values[-10:]) < share * np.mean(values[:10]), term
+        metrics = [record["metrics"] for record in records]
+        assert metrics[0]["occupied"] == 1 and metrics[-1]["occupied"] < 0.8
+        assert metrics[-1]["samples_per_ray"] < 0.8 * metrics[0]["samples_per_ray"]
+        ops = {op["op"] for op in json.loads((run_dir / "profile.json").read_text())["ops"]}
+        assert {"packed_ray_weights", "packed_composite_rays", "packed_normal_losses"} <= ops
+        assert "packed_distortion_loss" in ops and "packed_render_features" in ops
+        saved = runs.read_checkpoint(run_dir / "checkpoint.pt", trainer.FORMAT)["model"]
+        assert saved["grid.binaries"].float().mean().item() == metrics[-1]["occupied"]
+        evaluation = json.loads((run_dir / "evaluation.json").read_text())
+        photos = scenes.load_scene(ball).rgb
+        assert evaluation["psnr"] > -10 * math.log10(photos.square().mean().item()) + 1
 
     def test_other_seeds_give_other_runs(self, ball):
         scene = scenes.load_scene(ball)

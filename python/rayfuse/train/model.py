@@ -19,10 +19,10 @@ from rayfuse.train.field import FeatureHead, Field, FieldConfig, ProposalField
 from rayfuse.train.scene import Rays
 from rayfuse.train.space import Space
 
-# opacity of a step from which on a cell of the grid is not empty; a new field has more
-OCCUPIED = 0.003
-# that from which on a sample is worth its gradient
-VISIBLE = 0.001
+# density from which on a cell of the grid is not empty; a new field has 0.37 everywhere
+OCCUPIED = 0.3
+# opacity from which on a sample is worth its gradient
+VISIBLE = 0.002
 
 
 @dataclass
@@ -237,6 +237,10 @@ class FieldModel(nn.Module, ABC):
         """How many rays the next step of training can afford."""
         return most
 
+    def metrics(self) -> dict[str, Tensor]:
+        """What is worth logging of the sampler."""
+        return {}
+
     def features(
         self, samples: Samples, rendered: FieldLosses, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
@@ -334,11 +338,15 @@ class OccupancyModel(FieldModel):
         self.register_buffer("samples_per_ray", torch.tensor(float(c.grid_steps)))
 
     def prepare(self, step: int, generator: torch.Generator) -> None:
-        def opacity(x: Tensor) -> Tensor:
-            return (self._density(x) * self.step_size)[:, None]
+        def density(x: Tensor) -> Tensor:
+            return self._density(x)[:, None]
 
         with record_function("part:grid"), self._drawing_from(generator):
-            self.grid.update_every_n_steps(step, opacity, occ_thre=OCCUPIED, ema_decay=0.8, n=8)
+            self.grid.update_every_n_steps(step, density, occ_thre=OCCUPIED, ema_decay=0.8, n=8)
+
+    def metrics(self) -> dict[str, Tensor]:
+        occupied = self.grid.binaries.float().mean()
+        return {"samples_per_ray": self.samples_per_ray.clone(), "occupied": occupied}
 
     def rays_per_step(self, most: int) -> int:
         affordable = self.sampler.samples_per_step / max(self.samples_per_ray.item(), 1.0)

@@ -100,6 +100,7 @@ class Trainer:
         rendered = self.objective.render(samples, batch)
         features = self.model.features(samples, rendered, self.generator)
         terms = self.objective(samples, rendered, features, batch, self.step)
+        terms.metrics |= self.model.metrics()
         total = terms.total
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
