@@ -210,6 +210,48 @@ def test_densities_alone_are_rendered_without_colour():
         assert torch.equal(getattr(got, name), getattr(whole, name))
 
 
+def packed(named):
+    """The same rays end to end, behind an empty one and before another."""
+    rays, S = named["sigma"].shape
+    flat = {name: named[name].flatten(0, 1) for name in ("sigma", "rgb", "features", "n", "n_pred")}
+    for name in ("t", "s"):
+        flat[f"{name}_starts"] = named[name][:, :-1].flatten()
+        flat[f"{name}_ends"] = named[name][:, 1:].flatten()
+    for name in ("rgb_target", "features_target", "d"):
+        flat[name] = F.pad(named[name], (0, 0, 1, 1))
+    offsets = torch.arange(rays + 1, device=named["sigma"].device) * S
+    return flat | dict(offsets=torch.cat([offsets[:1], offsets, offsets[-1:]]))
+
+
+def test_packed_rays_have_the_losses_of_dense_ones(forced_backend, device):
+    ours, theirs = ({**leaves(inputs(device=device)), "proposals": []} for _ in range(2))
+    background = torch.rand(3, dtype=torch.float64, device=device)
+    options = dict(background=background, reduction="none")
+    got = rayfuse.packed_field_losses(**packed(ours), **options)
+    want = rayfuse.field_losses(**theirs, **options)
+    assert all(x[0] == 0 for x in got[2:6]) and torch.equal(got.rgb[0], background)
+    got = [x[1:-1] for x in got[:-1]] + [got.weights.view_as(want.weights)]
+    for name, x, y in zip(FieldLosses._fields, got, want, strict=True):
+        torch.testing.assert_close(x, y, msg=name)
+    want = gradients(want, theirs)
+    for name, grad in gradients(got, ours).items():
+        torch.testing.assert_close(grad, want[name], msg=name)
+
+
+def test_normals_may_be_of_the_first_rays():
+    named = {**inputs(), "proposals": []}
+    some = {name: named[name][:2] for name in ("n", "n_pred", "d")}
+    alone = rayfuse.field_losses(named["sigma"][:2], named["t"][:2], **some)[2:4]
+    got = rayfuse.field_losses(**named | some, normal_rays=2)
+    torch.testing.assert_close(got[2:4], alone)
+    whole = packed(named)
+    some = dict(n=whole["n"][:18], n_pred=whole["n_pred"][:18], d=whole["d"][:3], normal_rays=3)
+    got = rayfuse.packed_field_losses(**whole | some, denominator=2)
+    torch.testing.assert_close(got[2:4], alone)
+    without = {name: None for name in ("n", "n_pred", "d")}
+    assert rayfuse.packed_field_losses(**whole | without)[2:4] == (0, 0)
+
+
 def test_backgrounds_are_those_of_composite_rays():
     named = inputs()
     for options in (

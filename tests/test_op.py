@@ -243,6 +243,13 @@ def test_errors_name_the_argument_the_rule_and_the_value(named, error, message):
         assert message in str(raised.value)
 
 
+def test_a_profile_names_the_op_and_where_it_ran():
+    with torch.profiler.profile() as profile:
+        rayfuse.distortion_loss(torch.linspace(0, 1, 6), torch.rand(5))
+    names = {event.key for event in profile.key_averages()}
+    assert f"rayfuse::distortion_loss on {rayfuse.last_backend()}" in names
+
+
 def test_a_scalar_without_a_default_must_be_given():
     x = torch.rand(3)
     assert torch.equal(toy_scaled(x, by=2.0), 2 * x)

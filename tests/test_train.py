@@ -25,10 +25,10 @@ from rayfuse.train.evaluate import render_view
 from rayfuse.train.features import FeatureConfig, FeatureMap, Trunk, extract
 from rayfuse.train.field import CORNERS, Field, FieldConfig, HashGrid
 from rayfuse.train.model import (
-    FeatureFieldModel,
-    Level,
-    Outputs,
+    DenseSamples,
+    PackedSamples,
     SamplerConfig,
+    make_model,
     resample,
 )
 from rayfuse.train.objective import (
@@ -38,7 +38,6 @@ from rayfuse.train.objective import (
     adaptive_feature_weight,
     depth_loss,
     get_scheduled_loss_weight,
-    interlevel_loss,
 )
 from rayfuse.train.options import from_json, to_json
 from rayfuse.train.space import Contraction, Frustum
@@ -101,6 +100,10 @@ def own_ball(tmp_path):
 def tiny(**changes) -> TrainConfig:
     config = replace(PRESETS["tiny"][1], preset="tiny")
     return replace(config, features=FeatureConfig(feature_type="NONE"), **changes)
+
+
+# few samples, for seconds
+OCCUPANCY = dict(kind="occupancy", grid_resolution=12, grid_steps=24, samples_per_step=1024)
 
 
 def run(*arguments: object) -> int:
@@ -246,6 +249,7 @@ class TestSpace:
         t = space.distance(torch.linspace(0, 1, 400)[None], near, far)
         assert torch.allclose(t[0, [0, -1]], torch.tensor([0.2, 100.0]), rtol=1e-4)
         assert (t.diff() > 0).all()
+        assert torch.allclose(space.spacing(t, near, far)[0], torch.linspace(0, 1, 400), atol=1e-5)
         x = torch.tensor([[0.3, 0.0, 0.4], [3.0, 0.0, 4.0], [0.0, -1e6, 0.0]])
         expected = torch.tensor([[0.3, 0.0, 0.4], [1.8 * 0.6, 0.0, 1.8 * 0.8], [0.0, -2.0, 0.0]])
         assert torch.allclose(space.warp(x), expected / 4 + 0.5, atol=1e-5)
@@ -256,6 +260,9 @@ class TestSpace:
         assert torch.allclose(space.warp(x), torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]))
         t = space.distance(torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor(2.0), torch.tensor(4.0))
         assert torch.allclose(t, torch.tensor([[2.0, 8 / 3, 4.0]]))
+        s = space.spacing(t, torch.tensor(2.0), torch.tensor(4.0))
+        assert torch.allclose(s, torch.tensor([[0.0, 0.5, 1.0]]))
+        assert space.box() == ([-2.0, -1.6, -4.0, 2.0, 1.6, -2.0], False)
 
 
 def trilinear(grid: HashGrid, u: torch.Tensor) -> torch.Tensor:
@@ -333,7 +340,8 @@ class TestField:
         u, weights = torch.rand(7, 6, 3), torch.rand(7, 6)
         per_sample = head.out(F.relu(head.hidden(head.grid(u.view(-1, 3), None)))).view(7, 6, 5)
         expected = (weights[..., None] * per_sample).sum(1)
-        assert torch.allclose(head(u, weights, None), expected, atol=1e-6)
+        total = (weights[..., None] * head.hidden_layer(u, None)).sum(1)
+        assert torch.allclose(head(total, weights.sum(1)), expected, atol=1e-6)
 
 
 class TestModel:
@@ -350,19 +358,45 @@ class TestModel:
 
     def model(self, scene, **features):
         preset = PRESETS["tiny"][1]
-        return FeatureFieldModel(preset.field, preset.sampler, scene.space, features)
+        return make_model(preset.field, preset.sampler, scene.space, features)
 
     def test_samples_stay_in_order_between_near_and_far(self):
         scene = scenes.load_motorcycle(crop=32)
         generator = torch.Generator().manual_seed(0)
         rays = scene.rays(scene.draw(64, generator))
         for random in (generator, None):
-            levels = self.model(scene)(rays, random).levels
-            assert [level.weights.shape[1] for level in levels] == [16, 12, 8]
-            for level in levels:
-                assert (level.s.diff() >= 0).all() and (level.t.diff() >= 0).all()
-                assert (level.t >= rays.near - 1e-5).all() and (level.t <= rays.far + 1e-4).all()
-                assert (level.weights.sum(-1) <= 1 + 1e-5).all()
+            samples = self.model(scene)(rays, random)
+            assert [w.shape[1] for _, w in samples.proposals] == [16, 12]
+            assert samples.density.shape == (64, 8)
+            for s, w in samples.proposals:
+                assert (s.diff() >= 0).all() and (w.sum(-1) <= 1 + 1e-5).all()
+            t = samples.t
+            assert (samples.s.diff() >= 0).all() and (t.diff() >= 0).all()
+            assert (t >= rays.near - 1e-5).all() and (t <= rays.far + 1e-4).all()
+
+    @pytest.mark.parametrize("open_end", [True, False])
+    def test_packed_samples_lie_in_occupied_cells(self, ball, open_end):
+        scene = scenes.load_scene(ball) if open_end else scenes.load_motorcycle(crop=32)
+        generator = torch.Generator().manual_seed(0)
+        sampler = SamplerConfig(**OCCUPANCY)
+        model = make_model(PRESETS["tiny"][1].field, sampler, scene.space, {})
+        model.prepare(0, generator)
+        assert model.grid.binaries.all() and len(model.grid.binaries) == (4 if open_end else 1)
+        model.grid.binaries[:, :6] = False
+        rays = scene.rays(scene.draw(64, generator))
+        for random in (generator, None):
+            samples = model(rays, random, 8)
+            assert torch.equal(samples.offsets, rayfuse.ray_offsets(samples.ray, 64))
+            begin, end = samples.intervals()
+            middle = (begin + end)[:, None] / 2
+            x = rays.origins[samples.ray] + rays.directions[samples.ray] * middle
+            assert (x[:, 0] >= model.grid.aabbs[:, [0, 3]].mean(1).min() - 1e-5).all()
+            assert (middle >= rays.near[samples.ray]).all()
+            assert (middle <= rays.far[samples.ray]).all()
+            assert torch.allclose(samples.u, scene.space.warp(x))
+            assert len(samples.n) == samples.offsets[8] and len(samples.d) == 8
+            assert (samples.s_ends >= samples.s_starts).all()
+        assert 1 <= model.rays_per_step(512) < 512
 
     def test_feature_loss_reaches_density_and_normal_terms_do_not(self):
         """As in F3RM: features through the weights; weights and normals detached for normals."""
@@ -370,22 +404,16 @@ class TestModel:
         generator = torch.Generator().manual_seed(0)
         model = self.model(scene, feature=4)
         rays = scene.rays(scene.draw(64, generator))
-        out = model(rays, generator, None)
-        out.features["feature"].square().mean().backward(retain_graph=True)
+        samples = model(rays, generator, None)
+        rendered = samples.losses(torch.rand(64, 3), None)
+        features = model.features(samples, rendered, generator)
+        features["feature"].square().mean().backward(retain_graph=True)
         density = model.field.density_out.weight
         assert density.grad is not None and density.grad[0].abs().sum() > 0
         model.zero_grad()
-        weights = out.levels[-1].weights.detach()
-        orientation, predicted = rayfuse.normal_losses(
-            weights, out.normals, n_pred=out.predicted_normals, d=rays.directions
-        )
-        (orientation + predicted).backward()
+        (rendered.orientation_loss + rendered.predicted_normal_loss).backward()
         assert model.field.normal_out.weight.grad is not None
         assert density.grad is None or not density.grad[0].any()
-
-
-def level(s: torch.Tensor, w: torch.Tensor) -> Level:
-    return Level(s, s, w)
 
 
 class TestObjective:
@@ -395,96 +423,105 @@ class TestObjective:
         self.n = F.normalize(torch.randn(6, 5, 3, dtype=torch.double), dim=-1)
         self.d = F.normalize(torch.randn(6, 3, dtype=torch.double), dim=-1)
 
-    def test_interlevel_bounds_the_weights_by_the_bins_they_touch(self):
-        def edges(count):
-            inner = torch.rand(6, count - 1, dtype=torch.double).sort(-1).values
-            return F.pad(F.pad(inner, (1, 0)), (0, 1), value=1.0)
+    def samples(self, **changes):
+        s = torch.linspace(0, 1, 6, dtype=torch.double).expand(6, 6)
+        random = DenseSamples(
+            density=self.w,
+            rgb=torch.rand(6, 5, 3, dtype=torch.double),
+            u=torch.rand(6, 5, 3, dtype=torch.double),
+            s=s,
+            t=s,
+            proposals=[(s, self.w / 5) for _ in range(2)],
+        )
+        return replace(random, **changes)
 
-        t, coarse = edges(5), edges(9)
-        envelope = torch.rand(6, 9, dtype=torch.double, requires_grad=True)
-        expected = torch.zeros((), dtype=torch.double)
-        for r in range(6):
-            for i in range(5):
-                touch = [
-                    envelope[r, k]
-                    for k in range(9)
-                    if coarse[r, k] < t[r, i + 1] and coarse[r, k + 1] > t[r, i]
-                ]
-                excess = (self.w[r, i] - sum(touch)).clamp_min(0)
-                expected = expected + excess**2 / (self.w[r, i] + 1e-7)
-        w = self.w.clone().requires_grad_()
-        ours = interlevel_loss([level(coarse, envelope), level(t, w)])
-        assert torch.allclose(ours, expected / 30)
-        ours_grad, w_grad = torch.autograd.grad(ours, (envelope, w), allow_unused=True)
-        (grad,) = torch.autograd.grad(expected / 30, envelope)
-        assert torch.allclose(ours_grad, grad)
-        assert w_grad is None
+    def packed(self, samples):
+        """The same samples end to end."""
+        flat = {name: getattr(samples, name).flatten(0, 1) for name in ("density", "rgb", "u")}
+        for name in ("s", "t"):
+            edges = getattr(samples, name)
+            flat[f"{name}_starts"] = edges[:, :-1].flatten()
+            flat[f"{name}_ends"] = edges[:, 1:].flatten()
+        rays, count = samples.density.shape
+        ray = torch.arange(rays).repeat_interleave(count)
+        return PackedSamples(**flat, ray=ray, offsets=torch.arange(rays + 1) * count)
+
+    def batch(self, **changes):
+        target = torch.rand(6, 3, dtype=torch.double)
+        return replace(Batch(target, None, None, {}, None), **changes)
+
+    def terms(self, samples, batch, features, step=0, **config):
+        objective = Objective(ObjectiveConfig(**config))
+        return objective(samples, objective.render(samples, batch), features, batch, step)
+
+    def depth_loss(self, samples, w, depth, pred, sigma):
+        rendered = samples.render(None)._replace(weights=w, depth=pred)
+        return depth_loss(samples, rendered, depth, sigma)
 
     def test_depth_is_supervised_where_it_is_known(self):
         t = torch.linspace(1, 3, 41, dtype=torch.double).expand(4, 41)
         middle = 0.5 * (t[:, 1:] + t[:, :-1])
         w = torch.rand(4, 40, dtype=torch.double, requires_grad=True)
-        depth = torch.tensor([[2.0], [torch.nan], [1.5], [torch.inf]], dtype=torch.double)
-        rendered = (w * middle).sum(-1, keepdim=True)
-        ours = depth_loss(Level(t, t, w), depth, rendered, 0.11)
+        rgb = torch.rand(4, 40, 3, dtype=torch.double)
+        samples = DenseSamples(density=w, rgb=rgb, u=rgb, s=t, t=t, proposals=[])
+        depth = torch.tensor([2.0, torch.nan, 1.5, torch.inf], dtype=torch.double)
+        rendered = (w * middle).sum(-1)
+        ours = self.depth_loss(samples, w, depth, rendered, 0.11)
         total = 0.0
         for r in (0, 2):
-            target = depth[r, 0].item()
-            total += (rendered[r, 0].item() / target - 1) ** 2
+            target = depth[r].item()
+            total += (rendered[r].item() / target - 1) ** 2
             for i in range(40):
                 low, high = (t[r, i + k].item() / target - 1 for k in (0, 1))
                 if low <= 0.11:
                     sides = [math.erf(edge / (0.11 / 3) / math.sqrt(2)) for edge in (low, high)]
                     total += (w[r, i].item() - 0.5 * (sides[1] - sides[0])) ** 2
         assert ours.item() == pytest.approx(total / 2)
-        (grad,) = torch.autograd.grad(ours, w)
+        (grad,) = torch.autograd.grad(ours, w, retain_graph=True)
         assert grad.isfinite().all() and not grad[[1, 3]].any()
+        packed = self.depth_loss(self.packed(samples), w.flatten(), depth, rendered, 0.11)
+        assert torch.allclose(packed, ours)
+        assert torch.allclose(torch.autograd.grad(packed, w)[0], grad)
 
     def test_depth_unknown_everywhere_costs_exactly_nothing(self):
-        w = torch.rand(2, 3, requires_grad=True)
-        t = torch.linspace(0, 1, 4).expand(2, 4)
-        ours = depth_loss(Level(t, t, w), torch.full((2, 1), torch.nan), w.sum(1, True), 0.1)
+        w = self.w.requires_grad_()
+        ours = self.depth_loss(self.samples(), w, torch.full((6,), torch.nan), w.sum(1), 0.1)
         assert ours.item() == 0
         assert not torch.autograd.grad(ours, w)[0].any()
 
-    def outputs(self, **changes):
-        s = torch.linspace(0, 1, 6, dtype=torch.double).expand(6, 6)
-        out = Outputs(
-            rgb=torch.rand(6, 3, dtype=torch.double),
-            accumulation=torch.rand(6, 1, dtype=torch.double),
-            depth=torch.ones(6, 1, dtype=torch.double),
-            last_rgb=torch.rand(6, 3, dtype=torch.double),
-            levels=[level(s, self.w / 5) for _ in range(3)],
-            features={},
-        )
-        return replace(out, **changes)
-
-    def batch(self, **changes):
-        target = torch.rand(6, 3, dtype=torch.double)
-        return replace(Batch(target, None, None, {}, None), **changes)
-
     def test_backgrounds_show_through_both_sides(self):
-        out, background = self.outputs(), torch.rand(6, 3, dtype=torch.double)
+        dense, background = self.samples(), torch.rand(6, 3, dtype=torch.double)
         alpha = torch.rand(6, 1, dtype=torch.double)
         batch = self.batch(alpha=alpha, background=background)
-        predicted, target = Objective(ObjectiveConfig()).blend(out, batch)
-        assert torch.allclose(predicted, out.rgb + (1 - out.accumulation) * background)
-        assert torch.allclose(target, batch.rgb + (1 - alpha) * background)
-        last = Objective(ObjectiveConfig(background_color="last_sample"))
-        predicted, target = last.blend(out, self.batch())
-        assert torch.allclose(predicted, out.rgb + (1 - out.accumulation) * out.last_rgb)
-        plain = Objective(ObjectiveConfig(background_color="none"))
-        assert plain.blend(out, batch_ := self.batch()) == (out.rgb, batch_.rgb)
+        plain = dense.render(None)
+        through = (1 - plain.accumulation)[:, None]
+        for samples in (dense, self.packed(dense)):
+            for colour, shown in (
+                ("random", background),
+                ("last_sample", dense.rgb[:, -1]),
+                ("white", torch.ones(6, 3, dtype=torch.double)),
+                ("none", None),
+            ):
+                objective = Objective(ObjectiveConfig(background_color=colour))
+                drawn = background if colour == "random" else None
+                out = objective.render(samples, replace(batch, background=drawn))
+                rgb = plain.rgb if shown is None else plain.rgb + through * shown
+                target = batch.rgb if shown is None else batch.rgb + (1 - alpha) * shown
+                assert torch.allclose(out.rgb, rgb), colour
+                assert torch.allclose(out.rgb_loss, F.mse_loss(rgb, target)), colour
+
+    def test_last_colour_of_a_ray_without_samples_is_black(self):
+        packed = self.packed(self.samples())
+        assert torch.equal(packed.last_rgb(), packed.rgb[4::5])
+        offsets = torch.tensor([0, 0, 10, 30, 30, 30, 30])
+        last = replace(packed, offsets=offsets).last_rgb()
+        assert torch.equal(last[[1, 2]], packed.rgb[[9, 29]]) and not last[[0, 3, 4, 5]].any()
 
     def test_defaults_and_names_are_those_of_f3rm(self):
-        out = self.outputs(
-            features={"feature_dino": self.n[:, 0], "feature_clip": self.n[:, 1]},
-            normals=self.n,
-            predicted_normals=self.n.roll(1, 0),
-            normal_directions=self.d,
-        )
-        features = {name: torch.rand_like(value) for name, value in out.features.items()}
-        terms = Objective(ObjectiveConfig())(out, self.batch(features=features), 0)
+        samples = self.samples(n=self.n, n_pred=self.n.roll(1, 0), d=self.d)
+        features = {"feature_dino": self.n[:, 0], "feature_clip": self.n[:, 1]}
+        targets = {name: torch.rand_like(value) for name, value in features.items()}
+        terms = self.terms(samples, self.batch(features=targets), features)
         assert terms.weights == {
             "rgb_loss": 1.0,
             "distortion_loss": 0.002,
@@ -502,8 +539,10 @@ class TestObjective:
         }
         expected = sum(terms.weights[name] * loss for name, loss in terms.losses.items())
         assert torch.allclose(terms.total, expected)
-        error = F.mse_loss(out.features["feature_clip"], features["feature_clip"])
-        assert torch.equal(terms.losses["feature_clip_loss"], error)
+        error = F.mse_loss(features["feature_clip"], targets["feature_clip"])
+        assert torch.allclose(terms.losses["feature_clip_loss"], error)
+        packed = self.terms(self.packed(self.samples()), self.batch(), {})
+        assert [*packed.weights] == ["rgb_loss", "distortion_loss"]
 
     def test_schedules(self):
         assert get_scheduled_loss_weight(0, 1e-3, 100) == 0
@@ -515,12 +554,15 @@ class TestObjective:
         assert adaptive_feature_weight(0.0005, 1.0) == 2e-3
 
     def test_schedules_reach_the_weights(self):
-        out = self.outputs(features={"feature": self.n[:, 0]})
-        batch = self.batch(features={"feature": self.n[:, 1]})
-        warm = Objective(ObjectiveConfig(feat_loss_warmup_steps=10))
-        assert warm(out, batch, 5).weights["feature_loss"] == pytest.approx(5e-4)
-        adaptive = Objective(ObjectiveConfig(adaptive_feature_weight=True))
-        assert adaptive(out, batch, 0).weights["feature_loss"] == 5e-4
+        given = (
+            self.samples(),
+            self.batch(features={"feature": self.n[:, 1]}),
+            {"feature": self.n[:, 0]},
+        )
+        warm = self.terms(*given, step=5, feat_loss_warmup_steps=10)
+        assert warm.weights["feature_loss"] == pytest.approx(5e-4)
+        adaptive = self.terms(*given, adaptive_feature_weight=True)
+        assert adaptive.weights["feature_loss"] == 5e-4
 
 
 class TestFeatures:
@@ -641,7 +683,7 @@ class TestTraining:
             assert parts[name]["forward_ms"] > 0 and parts[name]["backward_ms"] > 0, name
         ops = {op["op"]: op for op in profile["ops"]}
         fused = {"ray_weights", "composite_rays", "render_features", "distortion_loss"}
-        fused |= {"interlevel_loss", "normal_losses"}
+        fused |= {"interlevel_loss", "normal_losses", "feature_distillation_loss"}
         for name in fused:
             assert ops[name]["backend"] in ("cpu", "ref")
             assert ops[name]["backward_ms"] > 0, name
@@ -671,10 +713,11 @@ class TestTraining:
         blank = -10 * math.log10((photos - photos.mean(0)).square().mean().item())
         assert evaluation["psnr"] > blank + 3
 
-    def test_resume_continues_bit_for_bit(self, ball, tmp_path):
+    @pytest.mark.parametrize("sampler", [PRESETS["tiny"][1].sampler, SamplerConfig(**OCCUPANCY)])
+    def test_resume_continues_bit_for_bit(self, ball, tmp_path, sampler):
         scene = scenes.load_scene(ball)
         features = extract(scene, FeatureConfig(channels=4))
-        config = tiny(steps=16)
+        config = tiny(steps=16, sampler=sampler)
         whole = trainer.Trainer(config, scene, features)
         half = trainer.Trainer(config, scene, features)
         for _ in range(16):
@@ -692,6 +735,29 @@ class TestTraining:
         assert expected.keys() == ours.keys()
         different = [name for name in expected if not torch.equal(expected[name], ours[name])]
         assert different == []
+
+    def test_an_occupancy_grid_trains_too(self, ball, tmp_path):
+        run_dir = tmp_path / "run"
+        arguments = ["--preset", "tiny", "--steps", 90, "--compare-steps", 2]
+        for name, value in OCCUPANCY.items():
+            arguments += [f"--sampler.{name.replace('_', '-')}", value]
+        assert run(ball, *arguments, "--features.channels", 4, "--output", run_dir) == 0
+        records = log_of(run_dir)
+        assert "interlevel_loss" not in records[0]["losses"] and "proposal" not in records[0]["lr"]
+        for term, share in {"rgb_loss": 0.4, "feature_loss": 0.9}.items():
+            values = [record["losses"][term] for record in records]
+            assert np.mean(values[-10:]) < share * np.mean(values[:10]), term
+        metrics = [record["metrics"] for record in records]
+        assert metrics[0]["occupied"] == 1 and metrics[-1]["occupied"] < 0.8
+        assert metrics[-1]["samples_per_ray"] < 0.8 * metrics[0]["samples_per_ray"]
+        ops = {op["op"] for op in json.loads((run_dir / "profile.json").read_text())["ops"]}
+        assert {"packed_ray_weights", "packed_composite_rays", "packed_normal_losses"} <= ops
+        assert "packed_distortion_loss" in ops and "packed_render_features" in ops
+        saved = runs.read_checkpoint(run_dir / "checkpoint.pt", trainer.FORMAT)["model"]
+        assert saved["grid.binaries"].float().mean().item() == metrics[-1]["occupied"]
+        evaluation = json.loads((run_dir / "evaluation.json").read_text())
+        photos = scenes.load_scene(ball).rgb
+        assert evaluation["psnr"] > -10 * math.log10(photos.square().mean().item()) + 1
 
     def test_other_seeds_give_other_runs(self, ball):
         scene = scenes.load_scene(ball)
@@ -981,8 +1047,9 @@ class TestQuality:
 def test_rendering_is_deterministic_and_covers_the_frame():
     scene = scenes.load_motorcycle(crop=24)
     preset = PRESETS["tiny"][1]
-    model = FeatureFieldModel(preset.field, preset.sampler, scene.space, {"feature": 4})
-    views = [render_view(model, scene, 1, ObjectiveConfig()) for _ in range(2)]
+    model = make_model(preset.field, preset.sampler, scene.space, {"feature": 4})
+    objective = Objective(ObjectiveConfig())
+    views = [render_view(model, objective, scene, 1) for _ in range(2)]
     assert views[0].rgb.shape == (24, 24, 3)
     assert torch.equal(views[0].rgb, views[1].rgb)
     assert views[0].heads["feature"].shape == (24, 24, 4)

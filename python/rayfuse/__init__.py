@@ -11,7 +11,7 @@ from .backend import (
     release_memory,
     use_backend,
 )
-from .objective import FieldLosses, field_losses
+from .objective import FieldLosses, field_losses, packed_field_losses
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 from .packed import ray_offsets
@@ -31,6 +31,7 @@ __all__ = [
     "field_losses",
     "intersect_tiles",
     "last_backend",
+    "packed_field_losses",
     "ray_offsets",
     "release_memory",
     "use_backend",

@@ -7,7 +7,7 @@ terms would move the same bytes but for the weights, and was measured not to be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -15,14 +15,24 @@ from torch import Tensor
 from . import dims, ops
 
 _SHAPES = dims.Signature.parse(
-    "sigma[..., S] t[..., S+1] rgb?[..., S, C] features?[..., S, D] n?[..., S, 3]"
-    " n_pred?[..., S, 3] d?[..., 3] s?[..., S+1] rgb_target?[..., C] features_target?[..., D]"
-    " -> losses[...]"
+    "sigma[..., S] t[..., S+1] rgb?[..., S, C] features?[..., S, D] s?[..., S+1]"
+    " rgb_target?[..., C] features_target?[..., D] -> losses[...]"
+)
+_NORMAL_SHAPES = dims.Signature.parse(
+    "sigma[..., S] n?[..., S, 3] n_pred?[..., S, 3] d?[..., 3] -> losses[...]"
+)
+_PACKED_SHAPES = dims.Signature.parse(
+    "sigma[P] t_starts[P] t_ends[P] offsets[R+1] rgb?[P, C] features?[P, D] s_starts?[P] s_ends?[P]"
+    " rgb_target?[R, C] features_target?[R, D] -> losses[R]"
+)
+_PACKED_NORMAL_SHAPES = dims.Signature.parse(
+    "sigma[P] offsets[R+1] n?[P, 3] n_pred?[P, 3] d?[R, 3] -> losses[R]"
 )
 
 
 class FieldLosses(NamedTuple):
-    """What `field_losses` returns: losses, 0 where they are switched off, and renderings."""
+    """What `field_losses` and `packed_field_losses` return: losses, 0 where they are switched off,
+    and renderings."""
 
     rgb_loss: Tensor
     feature_loss: Tensor
@@ -33,7 +43,7 @@ class FieldLosses(NamedTuple):
     rgb: Tensor  # [..., C]
     depth: Tensor  # [...]
     accumulation: Tensor  # [...]
-    weights: Tensor  # [..., S]
+    weights: Tensor  # [..., S], or [P]
 
 
 def field_losses(
@@ -47,6 +57,7 @@ def field_losses(
     n: Tensor | None = None,
     d: Tensor | None = None,
     n_pred: Tensor | None = None,
+    normal_rays: int | None = None,
     s: Tensor | None = None,
     proposals: Sequence[tuple[Tensor, Tensor]] = (),
     background: Tensor | float | None = None,
@@ -73,6 +84,8 @@ def field_losses(
             of half precision beside float32.
         n, d, n_pred: [..., S, 3] normals, [..., 3] directions of the rays, [..., S, 3] predicted
             normals. n and d give the orientation loss, n and n_pred that of the predicted normals.
+        normal_rays: how many rays n, d and n_pred are of, the first of the first dimension; None
+            for all. A mean of these losses is over as many.
         s: [..., S+1] the edges in normalised distance; they give the distortion loss.
         proposals: for each level (s_env [..., E+1], w_env [..., E]), its edges in the unit of s and
             its weights; they give the interlevel loss, the sum over the levels.
@@ -99,52 +112,195 @@ def field_losses(
         >>> out.rgb_loss, out.distortion_loss, out.depth
         (tensor(0.1250), tensor(0.1667), tensor(1.5000))
     """
-    tensors = (sigma, t, rgb, features, n, n_pred, d, s, rgb_target, features_target)
-    try:
-        _SHAPES.bind([x if x is None else x.shape for x in tensors])
-    except dims.ShapeError as error:
-        raise ValueError(f"field_losses: {error}") from None
+    _check("field_losses", _SHAPES, sigma, t, rgb, features, s, rgb_target, features_target)
+    _check("field_losses", _NORMAL_SHAPES, sigma[:normal_rays], n, n_pred, d)
     if s is None and proposals:
         raise ValueError("field_losses: s must be given with proposals, got None")
 
     options: Any = dict(reduction=reduction, denominator=denominator)
-    w, _ = ops.ray_weights(sigma, t)
-    fixed = w.detach()
-    if w.dtype != sigma.dtype:  # sums of half precision are float32
-        t = t.to(w.dtype)
-        s, n, d, n_pred = (x if x is None else x.to(w.dtype) for x in (s, n, d, n_pred))
-        proposals = [(s_env.to(w.dtype), w_env.to(w.dtype)) for s_env, w_env in proposals]
-        if isinstance(background, Tensor):
-            background = background.to(w.dtype)
-    rendered = ops.composite_rays(
-        t, w, f=rgb, background=background, last_sample=last_sample, depth=depth
+    out = _objective(
+        *(_dense, sigma, (t,), rgb, rgb_target, features, features_target),
+        normals=_Normals(_dense, slice(normal_rays), n, d, n_pred),
+        s=None if s is None else (s,),
+        rendering=dict(background=background, last_sample=last_sample, depth=depth),
+        options=options,
     )
-    none = w.new_zeros(w.shape[:-1] if reduction == "none" else ())
-    rgb_loss = feature_loss = orientation = predicted = distortion = interlevel = none
+    w = out.weights
+    s, *levels = _like(w, sigma, s, *(x for level in proposals for x in level))
+    for s_env, w_env in zip(levels[::2], levels[1::2], strict=True):
+        loss = ops.interlevel_loss(s, w.detach(), s_env, w_env, **options)
+        out = out._replace(interlevel_loss=out.interlevel_loss + loss)
+    return out
+
+
+def packed_field_losses(
+    sigma: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    offsets: Tensor,
+    *,
+    rgb: Tensor | None = None,
+    rgb_target: Tensor | None = None,
+    features: Tensor | None = None,
+    features_target: Tensor | None = None,
+    n: Tensor | None = None,
+    d: Tensor | None = None,
+    n_pred: Tensor | None = None,
+    normal_rays: int | None = None,
+    s_starts: Tensor | None = None,
+    s_ends: Tensor | None = None,
+    background: Tensor | float | None = None,
+    last_sample: bool = False,
+    depth: Literal["expected", "log_mean", "median", "none"] = "expected",
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+) -> FieldLosses:
+    """`field_losses` of packed rays, whose samples an occupancy grid chose: no interlevel loss.
+
+    Args:
+        sigma: [P] densities of the samples, as in `packed_ray_weights`.
+        t_starts, t_ends: [P] where their intervals begin and end, those of a ray in order.
+        offsets: [R+1] int64: ray r has samples offsets[r] up to offsets[r + 1]. They rise from 0
+            to P.
+
+    Keyword Args:
+        rgb, rgb_target: [P, C] and [R, C].
+        features, features_target: [P, D] and [R, D].
+        n, d, n_pred: [P', 3], [R', 3] and [P', 3], of the samples of the first R' rays.
+        normal_rays: R', or None where that is R.
+        s_starts, s_ends: [P] the intervals in normalised distance; they give the distortion loss.
+        background, last_sample, depth: as in `packed_composite_rays`.
+        reduction, denominator: as in `field_losses`.
+
+    Returns:
+        FieldLosses, the weights [P]; the rest as in `field_losses`.
+
+    Raises:
+        ValueError: for shapes or devices that do not match, and for offsets on the CPU that do not
+            rise from 0 to P.
+        TypeError: for dtypes other than float64, float32, bfloat16, float16, or that differ, and
+            for offsets that are not int64.
+
+    Source:
+        That of `field_losses`, on the packed rays of Li et al., NerfAcc (2023).
+
+    Example:
+        >>> import torch, rayfuse
+        >>> t, offsets = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0, 2, 2, 3])
+        >>> sigma = torch.tensor([0.0, torch.inf, torch.inf])
+        >>> out = rayfuse.packed_field_losses(sigma, t, t + 1, offsets, rgb=torch.eye(3),
+        ...     rgb_target=torch.eye(3))
+        >>> out.rgb_loss, out.depth
+        (tensor(0.3333), tensor([1.5000, 0.0000, 0.5000]))
+    """
+    _check(
+        *("packed_field_losses", _PACKED_SHAPES, sigma, t_starts, t_ends, offsets),
+        *(rgb, features, s_starts, s_ends, rgb_target, features_target),
+    )
+    # of so many rays: offsets tell as well, where a look at them would synchronise
+    samples = slice(None if n is None else len(n))
+    normal_offsets = offsets if normal_rays is None else offsets[: normal_rays + 1]
+    _check(
+        *("packed_field_losses", _PACKED_NORMAL_SHAPES, sigma[samples], normal_offsets),
+        *(n, n_pred, d),
+    )
+    return _objective(
+        *(_packed(offsets), sigma, (t_starts, t_ends), rgb, rgb_target, features, features_target),
+        normals=_Normals(_packed(normal_offsets), samples, n, d, n_pred),
+        s=None if s_starts is None or s_ends is None else (s_starts, s_ends),
+        rendering=dict(background=background, last_sample=last_sample, depth=depth),
+        options=dict(reduction=reduction, denominator=denominator),
+    )
+
+
+def _check(function: str, shapes: dims.Signature, *tensors: Tensor | None) -> None:
+    try:
+        shapes.bind([x if x is None else x.shape for x in tensors])
+    except dims.ShapeError as error:
+        raise ValueError(f"{function}: {error}") from None
+
+
+Call = Callable[..., Any]
+
+
+def _dense(op: str, *args: Any, **named: Any) -> Any:
+    return getattr(ops, op)(*args, **named)
+
+
+def _packed(offsets: Tensor) -> Call:
+    """Calls the packed form of an op, whose tensors end with the offsets."""
+
+    def call(op: str, *args: Any, **named: Any) -> Any:
+        return getattr(ops, f"packed_{op}")(*args, offsets, **named)
+
+    return call
+
+
+def _like(w: Tensor, sigma: Tensor, *tensors: Any) -> list[Any]:
+    """Tensors of half precision in float32 where w, of half precision densities, is."""
+    if w.dtype == sigma.dtype:
+        return [*tensors]
+    return [x.to(w.dtype) if isinstance(x, Tensor) else x for x in tensors]
+
+
+class _Normals(NamedTuple):
+    call: Call
+    samples: slice
+    """Of which samples they are."""
+    n: Tensor | None
+    d: Tensor | None
+    n_pred: Tensor | None
+
+
+def _objective(
+    call: Call,
+    sigma: Tensor,
+    t: tuple[Tensor, ...],
+    rgb: Tensor | None,
+    rgb_target: Tensor | None,
+    features: Tensor | None,
+    features_target: Tensor | None,
+    *,
+    normals: _Normals,
+    s: tuple[Tensor, ...] | None,
+    rendering: dict[str, Any],
+    options: dict[str, Any],
+) -> FieldLosses:
+    """All but the interlevel loss.
+
+    Args:
+        call: calls the dense or the packed form of an op.
+        t, s: the intervals, as that form takes them.
+    """
+    w = call("ray_weights", sigma, *t)[0]
+    rendering["background"], *t_wide = _like(w, sigma, rendering["background"], *t)
+    rendered = call("composite_rays", *t_wide, w, f=rgb, **rendering)
+    whole = w.new_ones((*rendered.accumulation.shape, 1))
+    none = w.new_zeros(whole.shape[:-1] if options["reduction"] == "none" else ())
+    rgb_loss = feature_loss = orientation = predicted = distortion = none
     if rgb is not None and rgb_target is not None:
         # what is rendered already, as one sample of weight 1
-        whole = w.new_ones((*w.shape[:-1], 1))
         colour = rendered.features[..., None, :]
         rgb_loss = ops.feature_distillation_loss(whole, colour, rgb_target, **options)
     if features is not None and features_target is not None:
-        feature_loss = ops.feature_distillation_loss(w, features, features_target, **options)
+        feature_loss = call("feature_distillation_loss", w, features, features_target, **options)
+    some = normals.call
+    fixed, n, d, n_pred = _like(w, sigma, w.detach()[normals.samples], *normals[2:])
     if n is not None and n_pred is not None and n.requires_grad:
-        predicted = ops.predicted_normal_loss(fixed, n.detach(), n_pred, **options)
+        predicted = some("predicted_normal_loss", fixed, n.detach(), n_pred, **options)
         if d is not None:
-            orientation = ops.orientation_loss(fixed, n, d, **options)
+            orientation = some("orientation_loss", fixed, n, d, **options)
     elif n is not None and (d is not None or n_pred is not None):
-        orientation, predicted = ops.normal_losses(fixed, n, n_pred=n_pred, d=d, **options)
+        orientation, predicted = some("normal_losses", fixed, n, n_pred=n_pred, d=d, **options)
     if s is not None:
-        distortion = ops.distortion_loss(s, w, **options)
-        for s_env, w_env in proposals:
-            interlevel = interlevel + ops.interlevel_loss(s, fixed, s_env, w_env, **options)
+        distortion = call("distortion_loss", *_like(w, sigma, *s), w, **options)
     return FieldLosses(
         rgb_loss,
         feature_loss,
         orientation,
         predicted,
         distortion,
-        interlevel,
+        none,
         rgb=rendered.features,
         depth=rendered.depth,
         accumulation=rendered.accumulation,

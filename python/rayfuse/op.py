@@ -183,6 +183,10 @@ class Op:
                 return transformable.forward(reduction, denominator, *args)
             if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
                 return transformable.apply(reduction, denominator, *args)
+            if torch.autograd._profiler_enabled():
+                chosen = self.kernels.choose(args[0].device.type).name
+                with torch.profiler.record_function(f"rayfuse::{self.name} on {chosen}"):
+                    return function.apply(reduction, denominator, *args)
             return function.apply(reduction, denominator, *args)
 
         def loss(

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from rayfuse.train.features import FeatureMap
-from rayfuse.train.model import FeatureFieldModel, blend
-from rayfuse.train.objective import ObjectiveConfig
+from rayfuse.train.model import FieldModel
+from rayfuse.train.objective import Objective
 from rayfuse.train.scene import Scene, fill_from_neighbours
 
 RAYS_AT_ONCE = 4096
@@ -42,24 +42,24 @@ def psnr(mse: float) -> float:
 
 
 @torch.no_grad()
-def render_view(
-    model: FeatureFieldModel, scene: Scene, view: int, objective: ObjectiveConfig
-) -> View:
+def render_view(model: FieldModel, objective: Objective, scene: Scene, view: int) -> View:
     """Renders the whole of one photograph's frame."""
     h, w = scene.rgb.shape[1:3]
     pixels = torch.arange(scene.pixels, device=scene.rgb.device) + view * scene.pixels
     parts: list[dict[str, Tensor]] = []
     for index in pixels.split(RAYS_AT_ONCE):
-        out = model(scene.rays(index), None, None if objective.predict_normals else 0)
-        rgb = blend(out.rgb, out.accumulation, out.last_rgb, objective.background_color)
-        part = dict(rgb=rgb.clamp(0.0, 1.0), accumulation=out.accumulation, depth=out.depth)
-        if out.normals is not None and out.predicted_normals is not None:
-            weights, to_camera = out.levels[-1].weights[:, None], scene.poses[view, :, :3]
-            part["normal"] = (weights @ out.normals)[:, 0] @ to_camera
-            part["predicted_normal"] = (weights @ out.predicted_normals)[:, 0] @ to_camera
-        parts.append(part | out.features)
+        normal_rays = None if objective.config.predict_normals else 0
+        samples = model(scene.rays(index), normal_rays=normal_rays)
+        out = samples.render(objective.background(samples, None))
+        part = dict(rgb=out.rgb.clamp(0.0, 1.0), accumulation=out.accumulation, depth=out.depth)
+        if samples.n is not None and samples.n_pred is not None:
+            to_camera = scene.poses[view, :, :3]
+            part["normal"] = samples.composite(out.weights, samples.n) @ to_camera
+            part["predicted_normal"] = samples.composite(out.weights, samples.n_pred) @ to_camera
+        features = model.features(samples, out)
+        parts.append(part | features)
     images = {name: torch.cat([part[name] for part in parts]).view(h, w, -1) for name in parts[0]}
-    heads = {name: images.pop(name) for name in out.features}
+    heads = {name: images.pop(name) for name in features}
     return View(**images, heads=heads)
 
 

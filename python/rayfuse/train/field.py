@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import rayfuse
-from rayfuse.train.profile import fused
 from rayfuse.train.space import Space, spherical_harmonics
 
 HASH_STRIDES = (73856093, 19349669, 1)
@@ -236,10 +234,13 @@ class Field(nn.Module):
         (gradient,) = torch.autograd.grad(u, position, d_u)
         return -F.normalize(gradient, dim=-1, eps=1e-20)
 
-    def colour(self, embedding: Tensor, directions: Tensor) -> Tensor:
-        """Colour [R, S, 3] from embedding[R, S, G] and unit directions[R, 3]."""
-        view = self.colour_view(spherical_harmonics(directions))
-        hidden = F.relu(self.colour_in(embedding) + view[:, None])
+    def view(self, directions: Tensor) -> Tensor:
+        """What colours depend on of unit directions[R, 3]: [R, V]."""
+        return self.colour_view(spherical_harmonics(directions))
+
+    def colour(self, embedding: Tensor, view: Tensor) -> Tensor:
+        """Colour [..., 3] from embedding[..., G] and the view [..., V] of its ray."""
+        hidden = F.relu(self.colour_in(embedding) + view)
         return torch.sigmoid(self.colour_out(F.relu(self.colour_hidden(hidden))))
 
     def predicted_normals(self, embedding: Tensor, u: Tensor) -> Tensor:
@@ -268,13 +269,11 @@ class FeatureHead(nn.Module):
         self.hidden = nn.Linear(width, config.hidden)
         self.out = nn.Linear(config.hidden, channels)
 
-    def forward(self, u: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Rendered feature [R, channels] from u[R, S, 3] and weights[R, S].
+    def hidden_layer(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
+        """h [..., H] at u[..., 3]. Positions carry no gradient anywhere in this field."""
+        hidden = F.relu(self.hidden(self.grid(u.view(-1, 3), generator)))
+        return hidden.view(*u.shape[:-1], -1)
 
-        Positions are detached (they carry no gradient anywhere in this field), weights are not:
-        as in F3RM the feature loss shapes the density through them.
-        """
-        hidden = F.relu(self.hidden(self.grid(u.flatten(0, 1), generator)))
-        hidden = hidden.view(*u.shape[:2], -1)
-        total = fused(rayfuse.render_features, weights, hidden)
-        return F.linear(total, self.out.weight) + self.out.bias * weights.sum(1, keepdim=True)
+    def forward(self, total: Tensor, accumulation: Tensor) -> Tensor:
+        """Rendered feature [R, channels] from Σ w h [R, H] and Σ w [R]."""
+        return F.linear(total, self.out.weight) + self.out.bias * accumulation[:, None]

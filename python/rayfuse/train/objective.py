@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.profiler import record_function
 
 import rayfuse
-from rayfuse.train.model import Background, Level, Outputs
-from rayfuse.train.profile import fused
+from rayfuse import FieldLosses
+from rayfuse.train.model import Samples
 from rayfuse.train.run import Terms
+
+Background = Literal["random", "last_sample", "black", "white", "none"]
 
 
 @dataclass
@@ -51,8 +53,8 @@ class ObjectiveConfig:
 
 @dataclass
 class Batch:
-    """Targets of R rays: rgb[R, 3] multiplied by alpha[R, 1] (None: opaque), depth[R, 1] along
-    the ray (NaN: unknown) or None, features by head [R, C], background[R, 3] to blend with."""
+    """Targets of R rays: rgb[R, 3] multiplied by alpha[R, 1] (None: opaque), depth[R] along the ray
+    (NaN: unknown) or None, features by head [R, C], and the background that is drawn for them."""
 
     rgb: Tensor
     alpha: Tensor | None
@@ -76,16 +78,8 @@ def adaptive_feature_weight(
     return 2.0 * base_weight if ratio < 0.001 else base_weight
 
 
-def interlevel_loss(levels: list[Level]) -> Tensor:
-    """Σ over proposal levels of the mean of max(0, w - outer)² / (w + ε); w is detached."""
-    s, w = levels[-1].s, levels[-1].weights.detach()
-    return torch.stack(
-        [fused(rayfuse.interlevel_loss, s, w, level.s, level.weights) for level in levels[:-1]]
-    ).sum()
-
-
-def depth_loss(level: Level, depth: Tensor, rendered: Tensor, sigma: float) -> Tensor:
-    """Urban Radiance Fields' depth term, mean over the rays whose depth[R, 1] is known.
+def depth_loss(samples: Samples, rendered: FieldLosses, depth: Tensor, sigma: float) -> Tensor:
+    """Urban Radiance Fields' depth term, mean over the rays whose depth[R] is known. Plain PyTorch.
 
     (D̂ - D)² + Σ (w - m)² over the intervals that begin before D + σ, with distances as shares of D
     and σ = `sigma`. m is the mass of N(D, σ/3) in an interval, so empty space before D costs w²,
@@ -95,23 +89,49 @@ def depth_loss(level: Level, depth: Tensor, rendered: Tensor, sigma: float) -> T
     """
     known = depth.isfinite() & (depth > 0)
     target = torch.where(known, depth, 1.0)
-    edges = level.t / target
-    cumulative = 0.5 * torch.erf((edges - 1.0) * (3.0 / (sigma * math.sqrt(2.0))))
-    mass = cumulative.diff(dim=-1)
-    seen = edges[:, :-1] <= 1.0 + sigma
-    sight = torch.where(seen, (level.weights - mass) ** 2, 0.0).sum(dim=-1)
-    loss = sight + (rendered / target - 1.0)[:, 0] ** 2
-    known = known[:, 0]
+    begin, end = (t / samples.spread(target) for t in samples.intervals())
+    scale = 3.0 / (sigma * math.sqrt(2.0))
+    mass = 0.5 * (torch.erf((end - 1.0) * scale) - torch.erf((begin - 1.0) * scale))
+    sight = torch.where(begin <= 1.0 + sigma, (rendered.weights - mass) ** 2, 0.0)
+    loss = samples.total(sight) + (rendered.depth / target - 1.0) ** 2
     return torch.where(known, loss, 0.0).sum() / known.sum().clamp_min(1)
 
 
 class Objective:
-    """Computes every term from a model's outputs and a batch of targets."""
+    """Computes every term: those of `rayfuse.field_losses`, of features, and of depth."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
 
-    def __call__(self, outputs: Outputs, batch: Batch, step: int) -> Terms:
+    def background(self, samples: Samples, drawn: Tensor | None) -> Tensor | float | None:
+        """What stands behind the samples; a random colour is drawn in training alone.
+
+        Without one "random" shows black, as nerfstudio does: the field was trained to be opaque or
+        empty.
+        """
+        colour = self.config.background_color
+        if colour == "last_sample":
+            return samples.last_rgb()
+        return 1.0 if colour == "white" else drawn
+
+    def render(self, samples: Samples, batch: Batch) -> FieldLosses:
+        """What samples render to, and the terms on them, in front of the same background."""
+        background = self.background(samples, batch.background)
+        target = batch.rgb
+        if batch.alpha is not None and background is not None:
+            target = target + (1.0 - batch.alpha) * background
+        with record_function("part:losses"):
+            return samples.losses(target, background)
+
+    def __call__(
+        self,
+        samples: Samples,
+        rendered: FieldLosses,
+        features: dict[str, Tensor],
+        batch: Batch,
+        step: int,
+    ) -> Terms:
+        """All terms of samples, what they `render` to, and the features of every head."""
         c = self.config
         terms = Terms()
 
@@ -119,53 +139,29 @@ class Objective:
             terms.losses[name], terms.weights[name] = loss, weight
 
         with record_function("part:losses"):
-            with record_function("op:rgb_loss"):
-                predicted, target = self.blend(outputs, batch)
-                add("rgb_loss", 1.0, F.mse_loss(predicted, target))
-            final = outputs.levels[-1]
-            distortion = fused(rayfuse.distortion_loss, final.s, final.weights)
-            add("distortion_loss", c.distortion_loss_mult, distortion)
-            add("interlevel_loss", c.interlevel_loss_mult, interlevel_loss(outputs.levels))
-            for name, rendered in outputs.features.items():
-                with record_function("op:feature_loss"):
-                    loss = F.mse_loss(rendered, batch.features[name])
+            add("rgb_loss", 1.0, rendered.rgb_loss)
+            add("distortion_loss", c.distortion_loss_mult, rendered.distortion_loss)
+            if samples.has_proposals:
+                add("interlevel_loss", c.interlevel_loss_mult, rendered.interlevel_loss)
+            for name, feature in features.items():
+                # rendered before the last linear map of its head, which makes it one sample a ray
+                whole = feature.new_ones(len(feature), 1)
+                loss = rayfuse.feature_distillation_loss(
+                    whole, feature[:, None], batch.features[name]
+                )
                 weight = get_scheduled_loss_weight(
                     step, c.feat_loss_weight, c.feat_loss_warmup_steps
                 )
                 if c.adaptive_feature_weight:
-                    rgb_loss = terms.losses["rgb_loss"].item()
-                    weight = adaptive_feature_weight(rgb_loss, loss.item(), weight)
+                    weight = adaptive_feature_weight(rendered.rgb_loss.item(), loss.item(), weight)
                 add(f"{name}_loss", weight, loss)
                 terms.metrics[f"{name}_error"] = loss.detach()
-            if outputs.normals is not None:
-                some = slice(len(outputs.normals))
-                weights = final.weights[some].detach()
-                orientation, predicted = fused(
-                    rayfuse.normal_losses,
-                    weights,
-                    outputs.normals,
-                    n_pred=outputs.predicted_normals,
-                    d=outputs.normal_directions,
-                )
-                add("orientation_loss", c.orientation_loss_mult, orientation)
-                add("pred_normal_loss", c.pred_normal_loss_mult, predicted)
+            if samples.n is not None:
+                add("orientation_loss", c.orientation_loss_mult, rendered.orientation_loss)
+                add("pred_normal_loss", c.pred_normal_loss_mult, rendered.predicted_normal_loss)
             if batch.depth is not None:
-                with record_function("op:depth_term"):
-                    loss = depth_loss(final, batch.depth, outputs.depth, c.depth_sigma)
+                loss = depth_loss(samples, rendered, batch.depth, c.depth_sigma)
                 add("depth_loss", c.depth_loss_mult, loss)
-        mse = terms.losses["rgb_loss"].detach()
-        terms.metrics["psnr"] = -10.0 * torch.log10(mse)
-        terms.metrics["distortion"] = distortion.detach()
+        terms.metrics["psnr"] = -10.0 * torch.log10(rendered.rgb_loss.detach())
+        terms.metrics["distortion"] = rendered.distortion_loss.detach()
         return terms
-
-    def blend(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Predicted and target colour [R, 3], both in front of the same background."""
-        background = batch.background
-        if self.config.background_color == "last_sample":
-            background = outputs.last_rgb
-        if background is None:
-            return outputs.rgb, batch.rgb
-        predicted = outputs.rgb + (1.0 - outputs.accumulation) * background
-        if batch.alpha is None:
-            return predicted, batch.rgb
-        return predicted, batch.rgb + (1.0 - batch.alpha) * background

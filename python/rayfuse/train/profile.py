@@ -13,24 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import record_function
 
 import rayfuse
 
 PARTS = "part:"
-OPS = "op:"
-
-
-# which backend ran an op last; the others are plain torch
-_backends: dict[str, str] = {}
-
-
-def fused(op: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    """Call an op of rayfuse, in a range of its name."""
-    with record_function(OPS + op.__name__):
-        out = op(*args, **named)
-    _backends[op.__name__] = rayfuse.last_backend() or "torch"
-    return out
+OPS = "rayfuse::"  # as the engine names them: "rayfuse::<op> on <backend>"
 
 
 @contextmanager
@@ -48,7 +35,7 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 class StepProfile:
-    """Collects torch's profiler events over steps; ranges named part:* and op:* mark the code.
+    """Collects torch's profiler events over steps; ranges of parts and of ops mark the code.
 
     A backward node belongs to the range in which its forward ran: they share a sequence number.
     """
@@ -89,19 +76,21 @@ class StepProfile:
             elif event.sequence_nr >= 0:
                 owners[event.sequence_nr] = [name for _, name in open_ranges]
 
-        def rows(kind: str, key: str) -> list[dict[str, Any]]:
+        def rows(kind: str) -> list[dict[str, Any]]:
             names = dict.fromkeys(name for name in [*forward, *backward] if name.startswith(kind))
             return [
                 {
-                    key: name.removeprefix(kind),
+                    "name": name.removeprefix(kind),
                     "forward_ms": forward[name] / 1e3 / max(self.steps, 1),
                     "backward_ms": backward[name] / 1e3 / max(self.steps, 1),
                 }
                 for name in names
             ]
 
-        ops = [{**row, "backend": _backends.get(row["op"], "torch")} for row in rows(OPS, "op")]
-        return {"step_ms": step_ms, "parts": rows(PARTS, "name"), "ops": ops}
+        ops = rows(OPS)
+        for row in ops:
+            row["op"], _, row["backend"] = row.pop("name").partition(" on ")
+        return {"step_ms": step_ms, "parts": rows(PARTS), "ops": ops}
 
 
 def peak_extra_megabytes(call: Callable[[], Any], device: torch.device | None = None) -> float:

@@ -18,6 +18,12 @@ class Space(Protocol):
     def distance(self, s: Tensor, near: Tensor, far: Tensor) -> Tensor:
         """Spacing s in [0, 1] to the distance between near and far, increasing in s."""
 
+    def spacing(self, t: Tensor, near: Tensor, far: Tensor) -> Tensor:
+        """The inverse of `distance`."""
+
+    def box(self) -> tuple[list[float], bool]:
+        """[6] least and greatest x, y, z of what matters most, and whether there is more."""
+
 
 class Contraction:
     """Unbounded scenes: the ball of radius 1 is kept, the rest folded into radius 2.
@@ -33,13 +39,20 @@ class Contraction:
         norm = x.norm(dim=-1, keepdim=True).clamp_min(1.0)
         return (x * ((2.0 - 1.0 / norm) / norm)) * 0.25 + 0.5
 
-    def _spacing(self, t: Tensor) -> Tensor:
+    def _curve(self, t: Tensor) -> Tensor:
         return torch.where(t < self.linear, t / (2 * self.linear), 1 - self.linear / (2 * t))
 
+    def spacing(self, t: Tensor, near: Tensor, far: Tensor) -> Tensor:
+        a, b = self._curve(near), self._curve(far)
+        return (self._curve(t) - a) / (b - a)
+
     def distance(self, s: Tensor, near: Tensor, far: Tensor) -> Tensor:
-        a, b = self._spacing(near), self._spacing(far)
+        a, b = self._curve(near), self._curve(far)
         g = a + s * (b - a)
         return torch.where(g < 0.5, g * (2 * self.linear), self.linear / (2 * (1 - g)))
+
+    def box(self) -> tuple[list[float], bool]:
+        return [-1.0, -1.0, -1.0, 1.0, 1.0, 1.0], True
 
 
 class Frustum:
@@ -63,6 +76,15 @@ class Frustum:
 
     def distance(self, s: Tensor, near: Tensor, far: Tensor) -> Tensor:
         return 1.0 / (1.0 / near + s * (1.0 / far - 1.0 / near))
+
+    def spacing(self, t: Tensor, near: Tensor, far: Tensor) -> Tensor:
+        return (1.0 / near - 1.0 / t) / (1.0 / near - 1.0 / far)
+
+    def box(self) -> tuple[list[float], bool]:
+        near, far = 1 / self.upper[2], 1 / self.lower[2]
+        low = [min(self.lower[axis] * z for z in (near, far)) for axis in (0, 1)]
+        high = [max(self.upper[axis] * z for z in (near, far)) for axis in (0, 1)]
+        return [*low, -far, *high, -near], False
 
 
 def spherical_harmonics(d: Tensor) -> Tensor:

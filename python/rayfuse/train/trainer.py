@@ -16,7 +16,7 @@ from rayfuse.train.compare import compare
 from rayfuse.train.config import PRESETS, TrainConfig, check
 from rayfuse.train.evaluate import View, evaluate, render_view
 from rayfuse.train.features import FeatureMap, extract
-from rayfuse.train.model import FeatureFieldModel
+from rayfuse.train.model import make_model
 from rayfuse.train.objective import Batch, Objective
 from rayfuse.train.options import to_json
 from rayfuse.train.run import Terms
@@ -37,22 +37,20 @@ class Trainer:
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         channels = {name: feature.channels for name, feature in features.items()}
-        model = FeatureFieldModel(config.field, config.sampler, scene.space, channels)
+        model = make_model(config.field, config.sampler, scene.space, channels)
         self.model = model.to(self.device)
         self.objective = Objective(config.objective)
         o = config.optimiser
         grids = [*self.model.field.grids()]
-        proposals = [*self.model.proposals.parameters()]
+        proposals = [p for n, p in self.model.named_parameters() if n.startswith("proposals.")]
         known = {id(p) for p in (*grids, *proposals)}
+        mlps = [p for p in self.model.parameters() if id(p) not in known]
         groups = [
             {"name": "grid", "params": grids, "lr": o.grid_lr, "weight_decay": o.grid_decay},
             {"name": "proposal", "params": proposals, "lr": o.proposal_lr},
-            {
-                "name": "mlp",
-                "params": [p for p in self.model.parameters() if id(p) not in known],
-                "lr": o.mlp_lr,
-            },
+            {"name": "mlp", "params": mlps, "lr": o.mlp_lr},
         ]
+        groups = [group for group in groups if group["params"]]
         self._peak = {group["name"]: float(group["lr"]) for group in groups}  # type: ignore[arg-type]
         self.optimiser = torch.optim.AdamW(
             groups, betas=(0.9, 0.99), eps=1e-15, weight_decay=0.0, fused=True
@@ -75,19 +73,16 @@ class Trainer:
 
     def batch(self) -> tuple[torch.Tensor, Batch]:
         """Pixels of the next step [R], flat into the photographs, and their targets."""
-        count = self.config.optimiser.rays_per_step
+        count = self.model.rays_per_step(self.config.optimiser.rays_per_step)
         index = self.scene.draw(count, self.generator)
-        colour = self.config.objective.background_color
         background = None
-        if colour == "random":
+        if self.config.objective.background_color == "random":
             background = torch.rand((count, 3), generator=self.generator, device=self.device)
-        elif colour in ("black", "white"):
-            background = torch.full((1, 3), float(colour == "white"), device=self.device)
         scene = self.scene
         return index, Batch(
             rgb=scene.rgb.view(-1, 3)[index],
             alpha=None if scene.alpha is None else scene.alpha.view(-1, 1)[index],
-            depth=None if scene.depth is None else scene.depth.view(-1, 1)[index],
+            depth=None if scene.depth is None else scene.depth.view(-1)[index],
             features={name: feature.at(scene, index) for name, feature in self.features.items()},
             background=background,
         )
@@ -96,12 +91,16 @@ class Trainer:
         """One step of the optimiser; returns the step's terms."""
         self._set_rates()
         o = self.config.objective
+        self.model.prepare(self.step, self.generator)
         with torch.profiler.record_function("part:rays"):
             index, batch = self.batch()
             rays = self.scene.rays(index)
         normal_rays = o.normal_rays if o.predict_normals else 0
-        outputs = self.model(rays, self.generator, normal_rays)
-        terms = self.objective(outputs, batch, self.step)
+        samples = self.model(rays, self.generator, normal_rays)
+        rendered = self.objective.render(samples, batch)
+        features = self.model.features(samples, rendered, self.generator)
+        terms = self.objective(samples, rendered, features, batch, self.step)
+        terms.metrics |= self.model.metrics()
         total = terms.total
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
@@ -180,7 +179,7 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
         return 130
 
     def render(view: int) -> View:
-        return render_view(trainer.model, scene, view, config.objective)
+        return render_view(trainer.model, trainer.objective, scene, view)
 
     began = time.perf_counter()
     white = config.objective.background_color == "white"
