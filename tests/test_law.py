@@ -39,6 +39,7 @@ SHARED = {
     "tests/test_objective.py",
     "tests/test_report.py",
     "tests/test_compat_f3rm.py",
+    "tests/test_compat_gsplat.py",
     "tests/test_compat_nerfacc.py",
     "tests/test_compat_nerfstudio.py",
     "tests/test_compat_torch_efficient_distloss.py",

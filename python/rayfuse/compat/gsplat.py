@@ -54,8 +54,8 @@ _CUDA_ONLY = (
     "rasterize_to_pixels_2dgs",
     "rasterize_to_pixels_eval3d",
 )
-# what was replaced -> how to put it back
-_undo: dict[str, Callable[[], None]] = {}
+# what stands in the place of what
+_installed: dict[Callable, Callable] = {}
 
 
 def install() -> list[str]:
@@ -70,38 +70,39 @@ def install() -> list[str]:
     Raises:
         ImportError: if gsplat cannot be imported.
     """
-    if not _undo:
+    if not _installed:
         try:
             modules = {name: importlib.import_module(f"gsplat.{name}") for name in _REPLACED}
+            torch_impl = importlib.import_module("gsplat.cuda._torch_impl")
         except ImportError as error:
             raise ImportError(f"install: gsplat must be importable, got: {error}") from error
-        for module, names in _REPLACED.items():
-            for name in names:
-                _replace(modules[module], name, globals()[name])
         wrapper = modules["cuda._wrapper"]
-        for name in _CUDA_ONLY:
-            _replace(wrapper, name, functools.partial(_refuse, name))
-        _replace(wrapper, "proj", _projection(importlib.import_module("gsplat.cuda._torch_impl")))
-    return [*_undo]
+        pairs = [
+            (getattr(modules[module], name), globals()[name])
+            for module, names in _REPLACED.items()
+            for name in names
+        ]
+        pairs += [(getattr(wrapper, name), functools.partial(_refuse, name)) for name in _CUDA_ONLY]
+        pairs.append((wrapper.proj, _projection(torch_impl)))
+        _installed.update({_unless_on_cuda(ours, theirs): theirs for theirs, ours in pairs})
+        swap_everywhere({theirs: ours for ours, theirs in _installed.items()})
+    return [function.__name__ for function in _installed]
 
 
 def uninstall() -> None:
     """Put back all that `install` replaced."""
-    while _undo:
-        _undo.popitem()[1]()
+    swap_everywhere(_installed)
+    _installed.clear()
 
 
-def _replace(module: Any, name: str, ours: Callable) -> None:
-    theirs = getattr(module, name)
-
+def _unless_on_cuda(ours: Callable, theirs: Callable) -> Callable:
     @functools.wraps(theirs)
     def call(*args: Any, **named: Any) -> Any:
         given = (*args, *named.values())
         on_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in given)
         return (theirs if on_cuda else ours)(*args, **named)
 
-    swap_everywhere(theirs, call)
-    _undo[name] = functools.partial(swap_everywhere, call, theirs)
+    return call
 
 
 def _refuse(name: str, *args: Any, **named: Any) -> None:
@@ -184,7 +185,9 @@ def fully_fused_projection(
     if sparse_grad and (not packed or means.dim() > 2):
         got = f"packed={packed} and means of shape {[*means.shape]}"
         raise ValueError(f"fully_fused_projection: sparse_grad must be with packed, got {got}")
-    shape = dict(quats=quats, scales=scales) if covars is None else dict(covars=covars)
+    shape: dict[str, Any] = dict(quats=quats, scales=scales)
+    if covars is not None:
+        shape = dict(covars=covars)
     project = functools.partial(
         ops.project_gaussians,
         image_width=width,
