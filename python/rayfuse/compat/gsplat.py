@@ -313,6 +313,8 @@ def rasterize_to_pixels(
     Returns:
         colours [..., H, W, D] and alphas [..., H, W, 1].
     """
+    if absgrad:
+        raise NotImplementedError("rasterize_to_pixels: absgrad must be False on cpu, got True")
     image = ops.composite_tiles(
         *(means2d, conics, colors, opacities, isect_offsets, flatten_ids),
         background=backgrounds,
