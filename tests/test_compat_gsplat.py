@@ -287,6 +287,38 @@ def test_pixels(gsplat, torch_impl, D):
     assert torch.equal(colors[hidden], background[1].expand_as(colors[hidden]))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_absolute_gradients_are_summed_over_pixels(gsplat, monkeypatch, packed):
+    monkeypatch.setattr(compat._PixelLists, "PAIRS_AT_ONCE", 100)
+    s, width, height, tile = scene(N=12), 9, 6, 4
+    generator = torch.Generator().manual_seed(0)
+    means2d = 8 * torch.rand(2, 12, 2, generator=generator, dtype=torch.float64)
+    tiles = -(-width // tile), -(-height // tile)
+    radii, depths = torch.full((2, 12, 2), 4), torch.rand(2, 12)
+    _, keys, ids = gsplat.isect_tiles(means2d, radii, depths, tile, *tiles)
+    offsets = gsplat.isect_offset_encode(keys, 2, *tiles)
+    conics = torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64).expand(2, 12, 3)
+    splats = [means2d, conics, s.colors.expand(2, -1, -1), s.opacities.detach().expand(2, -1)]
+    splats = [x.flatten(0, 1) if packed else x for x in splats]
+    masks = torch.ones_like(offsets, dtype=torch.bool)
+    masks[1, 1, 0] = False
+    backgrounds = torch.rand(2, 3, dtype=torch.float64)
+    rest = width, height, tile, offsets, ids, backgrounds, masks, packed
+    # what is given is no leaf, as in training
+    leaf = splats.pop(0).requires_grad_()
+    means2d = leaf * 1
+    found = gsplat.rasterize_to_pixels(means2d, *splats, *rest, absgrad=True)
+    weights = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y) for y in found]
+    torch.autograd.backward(found, weights)
+    colors, alphas = gsplat.rasterize_to_pixels(leaf, *splats, *rest)
+    of_pixels = (colors * weights[0]).sum(-1) + (alphas * weights[1])[..., 0]
+    gradients = [
+        torch.autograd.grad(pixel, leaf, retain_graph=True)[0] for pixel in of_pixels.flatten()
+    ]
+    torch.testing.assert_close(leaf.grad, sum(gradients))
+    torch.testing.assert_close(means2d.absgrad, sum(x.abs() for x in gradients))
+
+
 @pytest.mark.parametrize("degree", range(5))
 def test_harmonics(gsplat, torch_impl, degree):
     generator = torch.Generator().manual_seed(0)
@@ -465,14 +497,22 @@ def train(strategy, steps, **named):
     return len(splats["means"]), before, error(splats)
 
 
-@pytest.mark.parametrize("absgrad", [False])
-def test_default_strategy_densifies_and_learns(gsplat, absgrad):
+def test_default_strategy_densifies_and_learns(gsplat):
     strategy = gsplat.DefaultStrategy(
-        refine_start_iter=20, refine_every=20, reset_every=1000, grow_grad2d=1e-3, absgrad=absgrad
+        refine_start_iter=20, refine_every=20, reset_every=1000, grow_grad2d=1e-3
     )
     count, before, after = train(strategy, 90)
     assert count > 220
     assert after < before / 3
+
+
+def test_default_strategy_densifies_by_absolute_gradients(gsplat):
+    strategy = gsplat.DefaultStrategy(
+        refine_start_iter=5, refine_every=6, reset_every=1000, grow_grad2d=2e-3, absgrad=True
+    )
+    count, before, after = train(strategy, 8)
+    assert count > 220
+    assert after < before
 
 
 def test_mcmc_strategy_grows_and_learns(gsplat):
