@@ -86,5 +86,5 @@ $(VENV)/.with-%: pyproject.toml | $(VENV)/.built
 # the weights of a real network in a wheel whose own requirements would replace torch
 NO_DEPS_train := stlpips-pytorch==0.0.2
 # drop-ins are tested against what they stand for, of which a small part is needed
-NO_DEPS_test := nerfstudio==1.1.5 nerfacc==0.5.2 torch_efficient_distloss==0.1.3
+NO_DEPS_test := nerfstudio==1.1.5 nerfacc==0.5.2 gsplat==1.5.3 torch_efficient_distloss==0.1.3
 NO_DEPS_bench := torch_efficient_distloss==0.1.3

@@ -84,6 +84,23 @@ vec<A> component(const Triples<A>& x) {
   return take_turns<0>(a, b, d);
 }
 
+// Component c of vector i in lane i of register c, and back.
+template <class A>
+Triples<A> by_component(const Triples<A>& x) {
+  return each_part<A>([&](auto c) {
+    const vec<A> y = component<c>(x);
+    return [&]<int... i>(std::integer_sequence<int, i...>) {
+      return __builtin_shufflevector(y, y, ((3 * i + c) % kLanes<A>)...);
+    }(std::make_integer_sequence<int, kLanes<A>>());
+  });
+}
+template <class A>
+Triples<A> by_vector(vec<A> x, vec<A> y, vec<A> z) {
+  const Triples<A> xs = expand<A>(x), ys = expand<A>(y), zs = expand<A>(z);
+  return each_part<A>(
+      [&](auto j) { return take_turns<j * kLanes<A>>(xs.part[j], ys.part[j], zs.part[j]); });
+}
+
 // Lane i is the sum of the components of vector i.
 template <class A>
 vec<A> sum_components(const Triples<A>& x) {

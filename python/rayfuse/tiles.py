@@ -112,56 +112,65 @@ def intersect_tiles(
         if images is None:
             _fail(ValueError, "images", "be given with image_ids", None)
         image_dims, image = torch.Size([images]), image_ids.long()
-    grid = torch.tensor([tile_width, tile_height], device=means2d.device)
     tiles = image_dims.numel() * tile_width * tile_height
+    integer = torch.int32 if tiles <= torch.iinfo(torch.int32).max else torch.int64
 
     means2d, reach = means2d.reshape(-1, 2), radii.reshape(-1, 2).to(means2d.dtype)
     middle, reach_tiles = means2d / tile_size, reach / tile_size
     first, last = (middle - reach_tiles).floor(), (middle + reach_tiles).ceil()
     # no box for what is culled or not finite, whatever else it holds
     listed = (reach > 0).all(-1) & (first.isfinite() & last.isfinite()).all(-1)
+    grid = first.new_tensor([tile_width, tile_height])
     first, last = (
-        x.masked_fill(~listed[:, None], 0).minimum(grid.to(x)).clamp(min=0).long()
+        x.masked_fill(~listed[:, None], 0).minimum(grid).clamp(min=0).to(integer)
         for x in (first, last)
     )
-    extent = last - first
-    count = extent.prod(-1)
+    width, height = (last - first).unbind(-1)
+    count = width * height
+    first_tile = (image.to(integer) * tile_height + first[:, 1]) * tile_width + first[:, 0]
 
     front_to_back = _sortable(depths.flatten()).sort(stable=True).indices
-    count = count[front_to_back]
-    splat = front_to_back.repeat_interleave(count)
-    place = torch.arange(len(splat), device=splat.device)
-    place -= (count.cumsum(0) - count).repeat_interleave(count, output_size=len(splat))
-    width = extent[:, 0][splat]
-    row, column = place // width, place % width
-    column += first[:, 0][splat]
-    row += first[:, 1][splat]
-    tile = (image[splat] * tile_height + row) * tile_width + column
+    splats = front_to_back[count[front_to_back] > 0]
+    count, width, first_tile = (x[splats] for x in (count, width, first_tile))
+    owner = torch.arange(len(splats), device=splats.device).repeat_interleave(count)
+    # in the box of its owner, row by row
+    place = torch.arange(len(owner), device=owner.device)
+    place = (place - _of(count.cumsum(0) - count, owner)).to(integer)
+    row = place // _of(width, owner)
+    tile = _of(first_tile, owner) + place + row * _of(tile_width - width, owner)
     if conics is not None and opacities is not None:
-        corner = torch.stack([column, row], -1) * tile_size + pixel_center
-        near = corner.to(means2d) - means2d[splat]
-        most = torch.log(opacities.flatten() / min_alpha)[splat]
-        kept = _least_sigma(near, near + (tile_size - 1), conics.reshape(-1, 3)[splat]) <= most
-        splat, tile = splat[kept], tile[kept]
+        y = tile // tile_width
+        corner = torch.stack([tile - y * tile_width, y % tile_height], -1) * tile_size
+        near = corner.to(means2d) + pixel_center - _of(means2d[splats], owner)
+        most = torch.log(opacities.flatten()[splats] / min_alpha)
+        sigma = _least_sigma(near, tile_size - 1, _of(conics.reshape(-1, 3)[splats], owner))
+        kept = (sigma <= _of(most, owner)).nonzero()[:, 0]
+        owner, tile = _of(owner, kept), _of(tile, kept)
 
-    # a radix sort for integers, in half the time for half the width
-    sorted_tile, order = tile.to(_narrowest(tiles)).sort(stable=True)
-    lengths = torch.bincount(sorted_tile, minlength=tiles)
-    tiles_per_splat = torch.bincount(splat, minlength=leading.numel())
+    # of integers a radix sort, the faster the narrower they are
+    tile, order = tile.sort(stable=True)
+    lengths = torch.bincount(tile, minlength=tiles)
+    found = torch.bincount(owner, minlength=len(splats)).int()
+    tiles_per_splat = torch.zeros(leading.numel(), dtype=torch.int32, device=means2d.device)
     return TileLists(
-        tiles_per_splat.int().view(leading),
-        splat[order],
+        tiles_per_splat.index_copy_(0, splats, found).view(leading),
+        _of(splats, _of(owner, order)),
         (lengths.cumsum(0) - lengths).view(*image_dims, tile_height, tile_width),
     )
 
 
-def _least_sigma(near: Tensor, far: Tensor, conic: Tensor) -> Tensor:
-    """The least sigma in a rectangle, from its corners as seen from the splat, less the slack.
+def _of(x: Tensor, index: Tensor) -> Tensor:
+    # a fifth of the time of x[index]
+    return x.index_select(0, index)
+
+
+def _least_sigma(near: Tensor, side: int, conic: Tensor) -> Tensor:
+    """The least sigma in a square, one corner of which is `near` of the splat, less the slack.
 
     sigma grows along every ray from the splat, so that where it is outside, the least is on one of
     the two sides that face it; on each sigma is a parabola.
     """
-    (x0, y0), (x1, y1), (a, b, c) = near.unbind(-1), far.unbind(-1), conic.unbind(-1)
+    (x0, y0), (x1, y1), (a, b, c) = (x.unbind(-1) for x in (near, near + side, conic))
     facing_x, facing_y = x0.clamp(min=0) + x1.clamp(max=0), y0.clamp(min=0) + y1.clamp(max=0)
     least = torch.full_like(a, torch.inf)
     for x, y in (
@@ -181,10 +190,6 @@ def _sortable(x: Tensor) -> Tensor:
     # of negative values those of greater magnitude come first
     negative = bits >> (8 * bits.element_size() - 1)
     return bits ^ (negative & torch.iinfo(bits.dtype).max)
-
-
-def _narrowest(most: int) -> torch.dtype:
-    return torch.int32 if most <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _plain(x: Tensor) -> str:

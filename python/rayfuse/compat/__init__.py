@@ -31,9 +31,10 @@ def packed(*tensors: Tensor) -> tuple[Tensor, ...]:
     return *[x.reshape(-1) for x in tensors], offsets
 
 
-def swap_everywhere(old: Callable, new: Callable) -> None:
-    """Put a function in the place of another in all modules that have imported it."""
+def swap_everywhere(new_of_old: dict[Callable, Callable]) -> None:
+    """Put functions in the place of others in all modules that have imported those."""
+    new = {id(old): function for old, function in new_of_old.items()}
     for module in [*sys.modules.values()]:
         for name, value in [*getattr(module, "__dict__", {}).items()]:
-            if value is old:
-                setattr(module, name, new)
+            if id(value) in new:
+                setattr(module, name, new[id(value)])

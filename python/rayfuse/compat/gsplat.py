@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,8 +54,8 @@ _CUDA_ONLY = (
     "rasterize_to_pixels_2dgs",
     "rasterize_to_pixels_eval3d",
 )
-# what was replaced -> how to put it back
-_undo: dict[str, Callable[[], None]] = {}
+# what stands in the place of what
+_installed: dict[Callable, Callable] = {}
 
 
 def install() -> list[str]:
@@ -70,38 +70,39 @@ def install() -> list[str]:
     Raises:
         ImportError: if gsplat cannot be imported.
     """
-    if not _undo:
+    if not _installed:
         try:
             modules = {name: importlib.import_module(f"gsplat.{name}") for name in _REPLACED}
+            torch_impl = importlib.import_module("gsplat.cuda._torch_impl")
         except ImportError as error:
             raise ImportError(f"install: gsplat must be importable, got: {error}") from error
-        for module, names in _REPLACED.items():
-            for name in names:
-                _replace(modules[module], name, globals()[name])
         wrapper = modules["cuda._wrapper"]
-        for name in _CUDA_ONLY:
-            _replace(wrapper, name, functools.partial(_refuse, name))
-        _replace(wrapper, "proj", _projection(importlib.import_module("gsplat.cuda._torch_impl")))
-    return [*_undo]
+        pairs = [
+            (getattr(modules[module], name), globals()[name])
+            for module, names in _REPLACED.items()
+            for name in names
+        ]
+        pairs += [(getattr(wrapper, name), functools.partial(_refuse, name)) for name in _CUDA_ONLY]
+        pairs.append((wrapper.proj, _projection(torch_impl)))
+        _installed.update({_unless_on_cuda(ours, theirs): theirs for theirs, ours in pairs})
+        swap_everywhere({theirs: ours for ours, theirs in _installed.items()})
+    return [function.__name__ for function in _installed]
 
 
 def uninstall() -> None:
     """Put back all that `install` replaced."""
-    while _undo:
-        _undo.popitem()[1]()
+    swap_everywhere(_installed)
+    _installed.clear()
 
 
-def _replace(module: Any, name: str, ours: Callable) -> None:
-    theirs = getattr(module, name)
-
+def _unless_on_cuda(ours: Callable, theirs: Callable) -> Callable:
     @functools.wraps(theirs)
     def call(*args: Any, **named: Any) -> Any:
         given = (*args, *named.values())
         on_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in given)
         return (theirs if on_cuda else ours)(*args, **named)
 
-    swap_everywhere(theirs, call)
-    _undo[name] = functools.partial(swap_everywhere, call, theirs)
+    return call
 
 
 def _refuse(name: str, *args: Any, **named: Any) -> None:
@@ -184,7 +185,9 @@ def fully_fused_projection(
     if sparse_grad and (not packed or means.dim() > 2):
         got = f"packed={packed} and means of shape {[*means.shape]}"
         raise ValueError(f"fully_fused_projection: sparse_grad must be with packed, got {got}")
-    shape = dict(quats=quats, scales=scales) if covars is None else dict(covars=covars)
+    shape: dict[str, Any] = dict(quats=quats, scales=scales)
+    if covars is not None:
+        shape = dict(covars=covars)
     project = functools.partial(
         ops.project_gaussians,
         image_width=width,
@@ -308,17 +311,92 @@ def rasterize_to_pixels(
     """`composite_tiles` of any number of channels.
 
     Returns:
-        colours [..., H, W, D] and alphas [..., H, W, 1].
+        colours [..., H, W, D] and alphas [..., H, W, 1]. With `absgrad` the backward leaves the sum
+        over pixels of |gradient of means2d| in `means2d.absgrad`.
     """
-    image = ops.composite_tiles(
-        *(means2d, conics, colors, opacities, isect_offsets, flatten_ids),
+    splats = means2d, conics, colors, opacities
+    composite = functools.partial(
+        ops.composite_tiles,
         background=backgrounds,
-        masks=masks,
         image_width=image_width,
         image_height=image_height,
-        tile_size=tile_size,
     )
-    return image.colors, image.alpha[..., None]
+    lists = isect_offsets, flatten_ids
+    image = composite(*splats, *lists, masks=masks, tile_size=tile_size)
+    rendered = image.colors, image.alpha
+    if absgrad:
+        of_pixels = _PixelLists(*lists, masks, tile_size, image_width, image_height)
+        rendered = _AbsoluteGradient.apply(*rendered, splats, of_pixels, composite)
+    return rendered[0], rendered[1][..., None]
+
+
+class _AbsoluteGradient(torch.autograd.Function):
+    """Passes an image on, and leaves `means2d.absgrad` on the way back.
+
+    Pixels are composited once more, each as a tile with splats of its own, whose gradients are not
+    yet summed over pixels: as much memory as time would take, some pixels after others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, colors: Tensor, alpha: Tensor, splats: Any, lists: Any, composite: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.rest = splats, lists, composite
+        return colors.view_as(colors), alpha.view_as(alpha)
+
+    @staticmethod
+    def backward(ctx: Any, d_colors: Tensor, d_alpha: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        splats, lists, composite = ctx.rest
+        means2d, *rest = (x.detach().reshape(-1, *x.shape[splats[3].dim() :]) for x in splats)
+        total = torch.zeros_like(means2d)
+        for splat, offsets in lists.of_some_pixels():
+            mean = means2d[splat].requires_grad_()
+            places = torch.arange(len(splat), device=splat.device)
+            with torch.enable_grad():
+                image = composite(mean, *(x[splat] for x in rest), offsets, places, tile_size=1)
+            (d_mean,) = torch.autograd.grad(image[:2], mean, [d_colors, d_alpha])
+            total.index_add_(0, splat, d_mean.abs())
+        splats[0].absgrad = total.view(splats[0].shape)
+        return d_colors, d_alpha, None, None, None
+
+
+class _PixelLists:
+    """The list of each pixel, which is that of its tile."""
+
+    # 9 numbers of each and of 3 channels in 150 MB
+    PAIRS_AT_ONCE = 1 << 22
+
+    def __init__(
+        self,
+        offsets: Tensor,
+        ids: Tensor,
+        masks: Tensor | None,
+        tile_size: int,
+        width: int,
+        height: int,
+    ) -> None:
+        lengths = offsets.flatten().diff(append=offsets.new_tensor([len(ids)])).view(offsets.shape)
+        if masks is not None:
+            lengths = lengths * masks
+        y, x = (torch.arange(size, device=ids.device) // tile_size for size in (height, width))
+        self.begin, self.lengths = (v[..., y[:, None], x].long() for v in (offsets, lengths))
+        self.ids = ids
+
+    def of_some_pixels(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Splats, and where the list of each pixel begins in these, of some pixels at a time."""
+        begin, lengths = self.begin.flatten(), self.lengths.flatten()
+        until = lengths.cumsum(0)
+        start = 0
+        while start < len(lengths):
+            before = until[start] - lengths[start]
+            end = int(torch.searchsorted(until, before + self.PAIRS_AT_ONCE, right=True))
+            some = torch.arange(start, max(end, start + 1), device=until.device)
+            first = until[some] - lengths[some] - before
+            owner = some.repeat_interleave(lengths[some])
+            place = torch.arange(len(owner), device=owner.device) - first[owner - start]
+            offsets = (until - lengths - before).clamp(0, len(owner))
+            yield self.ids[begin[owner] + place].long(), offsets.view(self.begin.shape)
+            start = len(some) + start
 
 
 @torch.no_grad()

@@ -51,8 +51,8 @@ def _replace_losses(module: Any) -> None:
     for name in losses.FUNCTIONS:
         theirs = getattr(module, name)
         ours = _copy(getattr(losses, name), theirs)
-        swap_everywhere(theirs, ours)
-        _undo[name] = functools.partial(swap_everywhere, ours, theirs)
+        swap_everywhere({theirs: ours})
+        _undo[name] = functools.partial(swap_everywhere, {ours: theirs})
 
 
 def _copy(function: Callable, theirs: Callable) -> Callable:
