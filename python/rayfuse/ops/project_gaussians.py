@@ -71,15 +71,17 @@ class ProjectionOp(Op):
         values = super().sample(leading, torch.float64, seed, **sizes)
         named = dict(zip(self.inputs, values, strict=True))
         x, y, z = named["means"].unbind(-1)
-        z = torch.where(z < -0.8, z, 2.7 + 1.2 * z)
+        z = torch.where(z < -0.8, z, 2.8 + 0.8 * z)
         named["means"] = torch.stack([2.2 * x, 1.7 * y, z], -1)
         named["viewmats"] = 0.1 * named["viewmats"] + torch.eye(4, dtype=torch.float64)
         K = torch.tensor([[40, 0, 20], [0, 42, 15], [0, 0, 1]], dtype=torch.float64)
         named["Ks"] = K * (1 + 0.1 * named["Ks"])
-        named["scales"] = 0.25 + 0.15 * named["scales"]
+        named["quats"] += named["quats"].sign()
+        named["scales"] = 0.15 * torch.exp(1.5 * named["scales"][..., :1] + 0.3 * named["scales"])
         m = named["covars"].new_zeros(*named["covars"].shape[:-1], 3, 3)
-        m[..., [0, 1, 2], [0, 1, 2]] = 0.25 + 0.1 * named["covars"][..., :3]
-        m[..., [1, 2, 2], [0, 0, 1]] = 0.1 * named["covars"][..., 3:]
+        m[..., [0, 1, 2], [0, 1, 2]] = 1 + 0.3 * named["covars"][..., :3]
+        m[..., [1, 2, 2], [0, 0, 1]] = 0.3 * named["covars"][..., 3:]
+        m *= 0.15 * torch.exp(1.5 * named["covars"][..., :1, None])
         named["covars"] = (m @ m.mT).flatten(-2)[..., [0, 1, 2, 4, 5, 8]]
         return [x.to(dtype) for x in named.values()]
 
