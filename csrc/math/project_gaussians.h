@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "../accumulator.h"
-#include "../everywhere.h"
+#include "../device.h"
 
 namespace rayfuse {
 
@@ -61,7 +61,7 @@ struct GaussianGradients {
 constexpr int kPose = 12;
 
 template <class V>
-RAYFUSE_EVERYWHERE V dot(const V* u, const V* v) {
+RAYFUSE_DEVICE V dot(const V* u, const V* v) {
   return u[0] * v[0] + u[1] * v[1] + u[2] * v[2];
 }
 
@@ -73,7 +73,7 @@ struct Camera {
 
   // Number i of all.
   template <class T>
-  RAYFUSE_EVERYWHERE Camera(const Gaussians<T>& in, int64_t i) {
+  RAYFUSE_DEVICE Camera(const Gaussians<T>& in, int64_t i) {
     const T *pose = in.viewmats + 16 * i, *K = in.Ks + 9 * i;
     for (int r = 0; r < 3; ++r) {
       for (int c = 0; c < 3; ++c) R[r][c] = widen(pose[4 * r + c]);
@@ -97,7 +97,7 @@ template <class A, class V>
 struct Ellipsoid {
   V R[3][3], q[4], s[3], two_per_square;
 
-  RAYFUSE_EVERYWHERE Ellipsoid(const V (&quat)[4], const V (&scale)[3]) {
+  RAYFUSE_DEVICE Ellipsoid(const V (&quat)[4], const V (&scale)[3]) {
     for (int i = 0; i < 4; ++i) q[i] = quat[i];
     for (int i = 0; i < 3; ++i) s[i] = scale[i];
     const V w = q[0], x = q[1], y = q[2], z = q[3];
@@ -110,7 +110,7 @@ struct Ellipsoid {
   }
 
   // Also gives X, T in the frame of the axes, and W = T Sigma.
-  RAYFUSE_EVERYWHERE Footprint<V> project(const V (&T)[2][3], V (&X)[2][3], V (&W)[2][3]) const {
+  RAYFUSE_DEVICE Footprint<V> project(const V (&T)[2][3], V (&X)[2][3], V (&W)[2][3]) const {
     V U[2][3];
     for (int i = 0; i < 2; ++i) {
       for (int j = 0; j < 3; ++j) {
@@ -131,7 +131,7 @@ struct Ellipsoid {
   // From N, the sum of X^T G X: xx, xy, xz, yy, yz, zz. A turn by a small r in the frame of the
   // axes changes Sigma there by what has the factors s_i^2 - s_j^2, and the quaternion by
   // q (0, r / 2).
-  RAYFUSE_EVERYWHERE void gradients(const V (&N)[6], V (&d_quat)[4], V (&d_scale)[3]) const {
+  RAYFUSE_DEVICE void gradients(const V (&N)[6], V (&d_quat)[4], V (&d_scale)[3]) const {
     d_scale[0] = 2 * s[0] * N[0], d_scale[1] = 2 * s[1] * N[3], d_scale[2] = 2 * s[2] * N[5];
     const V f = 2 * two_per_square;
     const V r_x = f * N[4] * (s[1] - s[2]) * (s[1] + s[2]);
@@ -150,11 +150,11 @@ template <class A, class V>
 struct Covariance {
   V sigma[6];
 
-  RAYFUSE_EVERYWHERE explicit Covariance(const V (&covar)[6]) {
+  RAYFUSE_DEVICE explicit Covariance(const V (&covar)[6]) {
     for (int i = 0; i < 6; ++i) sigma[i] = covar[i];
   }
 
-  RAYFUSE_EVERYWHERE Footprint<V> project(const V (&T)[2][3], V (&X)[2][3], V (&W)[2][3]) const {
+  RAYFUSE_DEVICE Footprint<V> project(const V (&T)[2][3], V (&X)[2][3], V (&W)[2][3]) const {
     for (int i = 0; i < 2; ++i) {
       const V x = X[i][0] = T[i][0], y = X[i][1] = T[i][1], z = X[i][2] = T[i][2];
       W[i][0] = sigma[0] * x + sigma[1] * y + sigma[2] * z;
@@ -165,7 +165,7 @@ struct Covariance {
     return {a, b, c, a * c - b * b};
   }
 
-  RAYFUSE_EVERYWHERE void gradients(const V (&N)[6], V (&d_covar)[6]) const {
+  RAYFUSE_DEVICE void gradients(const V (&N)[6], V (&d_covar)[6]) const {
     const A times[6] = {1, 2, 2, 1, 2, 1};
     for (int i = 0; i < 6; ++i) d_covar[i] = times[i] * N[i];
   }
@@ -183,8 +183,8 @@ class Splat {
 
   // The opacity counts if in.opacities.
   template <class T>
-  RAYFUSE_EVERYWHERE Splat(const Gaussians<T>& in, const Camera<A>& camera, const V (&mean)[3],
-                           const Shape& shape, V opacity) {
+  RAYFUSE_DEVICE Splat(const Gaussians<T>& in, const Camera<A>& camera, const V (&mean)[3],
+                       const Shape& shape, V opacity) {
     for (int i = 0; i < 3; ++i) {
       p_[i] = camera.R[i][0] * mean[0] + camera.R[i][1] * mean[1] + camera.R[i][2] * mean[2] +
               camera.t[i];
@@ -235,14 +235,14 @@ class Splat {
     visible = visible & (0 * all == 0);
   }
 
-  RAYFUSE_EVERYWHERE V if_visible(V x) const { return visible ? x : V{}; }
+  RAYFUSE_DEVICE V if_visible(V x) const { return visible ? x : V{}; }
 
   // Adds to the gradients of the mean and to the N of the shape, and gives those of rows [R | t].
   template <class T>
-  RAYFUSE_EVERYWHERE void gradients(const Gaussians<T>& in, const Camera<A>& camera,
-                                    const V (&mean)[3], const V (&d_mean2d)[2], V d_depth,
-                                    const V (&d_conic)[3], V d_compensation, V (&d_mean)[3],
-                                    V (&N)[6], V (&d_pose)[kPose]) const {
+  RAYFUSE_DEVICE void gradients(const Gaussians<T>& in, const Camera<A>& camera, const V (&mean)[3],
+                                const V (&d_mean2d)[2], V d_depth, const V (&d_conic)[3],
+                                V d_compensation, V (&d_mean)[3], V (&N)[6],
+                                V (&d_pose)[kPose]) const {
     const V a = conic[0], b = conic[1], c = conic[2], half = A(0.5) * d_conic[1];
     const V aa = d_conic[0] * a + half * b, ab = d_conic[0] * b + half * c;
     const V ba = half * a + d_conic[2] * b, bb = half * b + d_conic[2] * c;
@@ -258,10 +258,11 @@ class Splat {
       Q[0][k] = G00 * X_[0][k] + G01 * X_[1][k];
       Q[1][k] = G01 * X_[0][k] + G11 * X_[1][k];
     }
-    const int row[6] = {0, 0, 0, 1, 1, 2}, column[6] = {0, 1, 2, 1, 2, 2};
-    for (int i = 0; i < 6; ++i) {
-      N[i] += if_visible(X_[0][row[i]] * Q[0][column[i]] + X_[1][row[i]] * Q[1][column[i]]);
-    }
+    const auto between = [&](int i, int j) {
+      return if_visible(X_[0][i] * Q[0][j] + X_[1][i] * Q[1][j]);
+    };
+    N[0] += between(0, 0), N[1] += between(0, 1), N[2] += between(0, 2);
+    N[3] += between(1, 1), N[4] += between(1, 2), N[5] += between(2, 2);
 
     V d_p[3] = {jx_ * d_mean2d[0], jy_ * d_mean2d[1], d_depth};
     if (!in.ortho) {

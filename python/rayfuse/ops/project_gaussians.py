@@ -171,7 +171,7 @@ def project_gaussians(
     def project(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         sigma = _covariance(given)
         R, t = given["viewmats"][..., :3, :3], given["viewmats"][..., :3, 3]
-        p = (R @ given["means"][..., None])[..., 0] + t
+        p = _product(R, given["means"][..., None])[..., 0] + t
         K = given["Ks"]
         f, center = K[..., [0, 1], [0, 1]], K[..., [0, 1], [2, 2]]
         x, z = p[..., :2], p[..., 2:]
@@ -186,8 +186,8 @@ def project_gaussians(
             slope = -scale * torch.minimum(torch.maximum(x / z, least), most)
             means2d = scale * x + center
         J = torch.cat([torch.diag_embed(scale), slope[..., None]], -1)
-        JR = J @ R
-        V = JR @ sigma @ JR.mT
+        JR = _product(J, R)
+        V = _product(_product(JR, sigma), JR.mT)
         a, b, c = V[..., 0, 0], V[..., 0, 1], V[..., 1, 1]
         before = a * c - b * b
         a, c = a + eps2d, c + eps2d
@@ -249,4 +249,9 @@ def _covariance(given: dict[str, Tensor]) -> Tensor:
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
     ]  # fmt: skip
     m = torch.stack(rotation, -1).unflatten(-1, (3, 3)) * given["scales"][..., None, :]
-    return m @ m.mT
+    return _product(m, m.mT)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y, which autocast leaves as precise as it is."""
+    return (x[..., None] * y[..., None, :, :]).sum(-2)
