@@ -57,17 +57,32 @@ def pixel_by_pixel(args, options):
     return image, alpha, depth
 
 
-class TestCompositeTiles(Contract):
+class FullTiles(Contract):
+    """What GPU figures are of: tiles of the size that everybody has."""
+
     op = rayfuse.composite_tiles
-    # splats of an image, and their channels
-    sizes = tuple({"N": N, "D": D, "Y": 1, "X": 2} for N, D in ((0, 3), (4, 0), (9, 5)))
-    typical = {"N": 4, "D": 2, "Y": 1, "X": 2}
-    small = dict(tile_size=4, image_width=7, image_height=3)
+    variants: tuple[dict[str, object], ...] = (dict(tile_size=16, image_width=28, image_height=13),)
     gpu_sizes = tuple({"N": 32, "D": D, "Y": 1, "X": 2} for D in (3, 64))
+    gpu_spills = {
+        "composite_tiles_fwd_kernel": "scalar registers, into vector registers on gfx942; on sm_80"
+        " float64 misses a few where ptxas stops at 128, for two blocks.",
+        "composite_tiles_bwd_kernel": "scalar registers, into vector registers on gfx942.",
+    }
+
+    def inputs(self, leading=None, dtype=torch.float32, device="cpu", seed=0, **sizes):
+        leading = self.leading if leading is None else leading
+        return super().inputs((math.prod(leading),), dtype, device, seed, **sizes)
+
+
+class TestCompositeTiles(FullTiles):
+    # splats of an image, and their channels
+    sizes = tuple({"N": N, "D": D, "Y": 1, "X": 1} for N, D in ((0, 3), (4, 0), (12, 5)))
+    typical = {"N": 4, "D": 2, "Y": 1, "X": 1}
+    leading = (4,)
+    small = dict(tile_size=4, image_width=4, image_height=3)
     variants = (
         small,
-        dict(small, preset="inria", depths=None, masks=None, background=None),
-        dict(small, preset="gsplat", depths=None, min_alpha=0.2),
+        dict(small, preset="inria", min_alpha=0.2, depths=None, masks=None, background=None),
     )
     # images of 2 x 3 tiles
     wide = {"N": 6, "D": 2, "Y": 2, "X": 3}
@@ -76,10 +91,6 @@ class TestCompositeTiles(Contract):
         dict(tile_size=16, image_width=41, image_height=18, preset="inria", background=None),
         dict(tile_size=9, image_width=27, image_height=10, preset="gsplat", masks=None),
     )
-
-    def inputs(self, leading=None, dtype=torch.float32, device="cpu", seed=0, **sizes):
-        leading = self.leading if leading is None else leading
-        return super().inputs((math.prod(leading),), dtype, device, seed, **sizes)
 
     def raw(self, args, variant):
         """The arguments of the raw op."""
@@ -110,10 +121,17 @@ class TestCompositeTiles(Contract):
                 torch.testing.assert_close(ours, want)
 
     def test_long_lists_are_as_right_as_torch(self, forced_backend, device):
-        N = 20 if forced_backend in EMULATED else 100
+        N = 26 if forced_backend in EMULATED else 100
         for variant in self.wide_variants:
             args = self.inputs((1,), device=device, seed=3, **{**self.wide, "N": N})
             self.assert_as_right_as_torch(args, variant=variant)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+    def test_many_channels_are_as_right_as_torch(self, forced_backend, device, dtype):
+        """More than a block of a GPU takes at once."""
+        args = self.inputs((1,), device=device, N=6, D=37, Y=1, X=1)
+        args[2] = args[2].to(dtype)
+        self.assert_as_right_as_torch(args)
 
     # ---- what the contract says of rays, of images
 
@@ -146,29 +164,30 @@ class TestCompositeTiles(Contract):
 
     def test_expanded_inputs_and_gradients_are_read_right(self, forced_backend, device):
         args = self.inputs(dtype=torch.float64, device=device)
-        for i in self.differentiable():
-            expanded = [*args]
-            expanded[i] = args[i][:1].expand_as(args[i])
-            d_outputs = [y.detach()[:1].expand_as(y) for y in self.outputs(args)]
-            dense = [x.clone() for x in expanded]
-            want = self.gradients(dense, [d_y.clone() for d_y in d_outputs])
+        wanted = self.differentiable()
+        expanded = [x[:1].expand_as(x) if i in wanted else x for i, x in enumerate(args)]
+        d_outputs = [d_y.double()[:1].expand_as(d_y) for d_y in self.d_outputs(args)]
+        want = self.gradients([x.clone() for x in expanded], [d_y.clone() for d_y in d_outputs])
+        for i in wanted:
             expanded[i].requires_grad_()
-            self.assert_equal(self.gradients(expanded, d_outputs), want)
+        outputs = self.outputs(expanded)
+        grads = torch.autograd.grad(outputs, [expanded[i] for i in wanted], d_outputs)
+        self.assert_equal((outputs, grads), want)
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
     def test_bad_value_stays_in_its_own_ray(self, forced_backend, device, bad):
         """A splat that is not finite is passed over, and gets no gradient."""
         clean = self.inputs((2,), device=device)
         d_outputs = self.d_outputs(clean)
+        without = [x.clone() for x in clean]
+        without[3][3] = 0
+        want = self.gradients(without, d_outputs)
         for i, name in enumerate(self.spec.inputs):
             if i not in self.differentiable() or name == "background":
                 continue
             args = [x.clone() for x in clean]
             args[i][3].view(-1)[-1] = bad
-            without = [x.clone() for x in clean]
-            without[3][3] = 0
-            got, want = self.gradients(args, d_outputs), self.gradients(without, d_outputs)
-            self.assert_equal(got, want, name)
+            self.assert_equal(self.gradients(args, d_outputs), want, name)
 
     def test_nan_comes_out_as_nan(self, forced_backend, device):
         """Of a background; bad splats are passed over."""
@@ -189,15 +208,6 @@ class TestCompositeTiles(Contract):
         _, want = self.gradients_of_objective(args)
         for ours, right in zip(grads, want, strict=True):
             torch.testing.assert_close(ours, right)
-
-    def test_raw_ops_pass_opcheck(self, forced_backend, device):
-        fwd = torch.ops.rayfuse.composite_tiles.default
-        bwd = torch.ops.rayfuse.composite_tiles_bwd.default
-        args = self.inputs((2,), torch.float64, device)
-        raw = self.raw(args, self.variants[0])
-        torch.library.opcheck(fwd, raw)
-        for needs in (1, 2, 4, 8, 16, 32, 63):
-            torch.library.opcheck(bwd, (*self.d_outputs(args), *raw, needs))
 
     # ---- what its callers rely on
 
@@ -306,7 +316,7 @@ class TestCompositeTiles(Contract):
             (dict(tile_size=17), "tile_size must be from 1 to 16, got 17"),
             (dict(preset="3dgs"), "preset must be one of gsplat15, gsplat, inria, got '3dgs'"),
             (dict(max_alpha=1.5), "max_alpha must be > 0 and <= 1, got 1.5"),
-            (dict(background=torch.zeros(3, 2)), "background must have shape [2, D] or [42, D]"),
+            (dict(background=torch.zeros(3, 2)), "background must have shape [2, D] or [24, D]"),
         ],
         ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
     )
@@ -318,7 +328,7 @@ class TestCompositeTiles(Contract):
     def test_lists_that_lead_out_of_bounds_are_named(self, forced_backend, device):
         args = self.inputs((2,), device=device)
         M, P = len(args[5]), len(args[0])
-        wrong = [(4, (0, 0, 0), 1), (4, (0, 0, 1), -1), (4, (1, 0, 1), M + 1)]
+        wrong = [(4, (0, 0, 0), 1), (4, (1, 0, 0), -1), (4, (1, 0, 0), M + 1)]
         wrong += [(5, (0,), -1), (5, (M - 1,), P)]
         for i, place, value in wrong:
             bad = [*args]

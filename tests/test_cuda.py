@@ -18,7 +18,6 @@ import rayfuse
 import simt
 from rayfuse import backend
 from rayfuse.ops import STEMS
-from rayfuse.packed import PackedOp
 from test_distortion_loss import TestDistortionLoss as Distortion
 from test_gpu_code import assert_committed
 from test_library import build_wheel, one_op, source, undefined_symbols  # noqa: F401
@@ -59,9 +58,9 @@ def test_kernels_compile_without_a_warning_to_what_the_figures_say(stem, objects
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    # packed rays begin anywhere
+    # packed rays, and splats, begin anywhere
     "stem",
-    [stem for stem in STEMS if not issubclass(type(getattr(rayfuse, stem).op), PackedOp)],
+    [s for s in STEMS if any(x.leading for x in getattr(rayfuse, s).op.signature.inputs)],
 )
 def test_every_kernel_loads_and_stores_128_bits_at_a_time(stem, objects):
     for row in objects[stem][1]:

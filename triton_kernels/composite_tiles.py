@@ -1,9 +1,10 @@
 # Tile compositing, the formulas of csrc/cpu/composite_tiles.cpp: w_i = alpha_i T_i, T_{i+1} = T_i
 # (1 - alpha_i); image = sum_i w_i c_i + T bg, alpha = sum_i w_i, depth = sum_i w_i z_i / alpha.
-# A program owns a tile, and goes along its list a splat at a time with all pixels of the tile.
-# Forward: a program for every BLOCK_C channels. Backward: once forward for T, kept every KEPT
-# splats, once back with u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} =
-# u_i + alpha_i (<c_i, g> - u_i); sums of a splat meet in the order of tiles. docs/splats.md
+# A program owns a tile, and goes along its list BLOCK_K splats at a time with all pixels of the
+# tile: alphas, and sums over channels or pixels, of a block at once, T along it splat by splat.
+# Forward: a program for every BLOCK_C channels. Backward: once forward for T before each block,
+# once back with u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i +
+# alpha_i (<c_i, g> - u_i); sums of a splat meet in the order of tiles. docs/splats.md
 from __future__ import annotations
 
 from typing import Any
@@ -16,8 +17,11 @@ from torch import Tensor
 from .common import empty_gradient
 
 _MOMENTS = 6
-_KEPT = 16
-_MOST_CHANNELS = 32
+# 8 splats, or twice the channels, spilled (sm_90)
+_BLOCK_K = 4
+_CHANNEL_BYTES = 32
+# sums of a splat that a program adds up at a time
+_BLOCK_V = 32
 
 
 @triton.jit
@@ -31,7 +35,8 @@ def _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS: tl.constexpr):
     n = listed
     if HAS_MASKS:
         n = tl.where(tl.load(masks_ptr + t) != 0, listed, 0)
-    return begin, listed, n
+    # a list is shorter than 2^31
+    return begin, listed, n.to(tl.int32)
 
 
 @triton.jit
@@ -47,42 +52,80 @@ def _pixels(t, Y, X, H, W, SIZE: tl.constexpr, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _is_finite(x):
-    return x * 0 == 0
+def _splats(ids_ptr, begin, i, n, P, BLOCK_K: tl.constexpr):
+    """Places in flatten_ids from i on, which of them are of the list, and the splats there."""
+    k = i + tl.arange(0, BLOCK_K)
+    listed = k < n
+    g = tl.load(ids_ptr + begin + k, mask=listed, other=0)
+    return begin + k, listed, tl.minimum(tl.maximum(g, 0), P - 1)
 
 
 @triton.jit
-def _channels(colors_ptr, depths_ptr, g, c, D, HAS_DEPTHS: tl.constexpr, A: tl.constexpr):
-    """Channels c of a splat, the depth behind its colours."""
-    value = tl.load(colors_ptr + g * D + c, mask=c < D, other=0.0).to(A)
+def _channels(colors_ptr, depths_ptr, g, listed, c, D, HAS_DEPTHS: tl.constexpr, A: tl.constexpr):
+    """Channels c of splats, the depth behind their colours, [splats, channels]."""
+    colored = listed[:, None] & (c < D)[None, :]
+    value = tl.load(colors_ptr + g[:, None] * D + c[None, :], mask=colored, other=0.0).to(A)
     if HAS_DEPTHS:
-        value += tl.where(c == D, tl.load(depths_ptr + g), 0.0)
+        depth = tl.load(depths_ptr + g, mask=listed, other=0.0)
+        value += tl.where((c == D)[None, :], depth[:, None], 0.0)
     return value
 
 
 @triton.jit
-def _alpha(
-    means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha, max_alpha,
-    HAS_DEPTHS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """alpha of a splat at all pixels, 0 where it is passed over; and dx, dy."""
-    A: tl.constexpr = means_ptr.dtype.element_ty
-    mean_x, mean_y = tl.load(means_ptr + 2 * g), tl.load(means_ptr + 2 * g + 1)
-    a, b = tl.load(conics_ptr + 3 * g), tl.load(conics_ptr + 3 * g + 1)
-    c, opacity = tl.load(conics_ptr + 3 * g + 2), tl.load(opacities_ptr + g)
+def _finite(x):
     # what is not finite, times 0, is NaN
+    return tl.where(x * 0 == 0, x, 0.0)
+
+
+@triton.jit
+def _alpha(
+    means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D, min_alpha,
+    max_alpha, HAS_DEPTHS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """alpha of splats at pixels, 0 where they are passed over; and dx, dy. [splats, pixels]"""
+    A: tl.constexpr = means_ptr.dtype.element_ty
+    mean_x = tl.load(means_ptr + 2 * g, mask=listed, other=0.0)
+    mean_y = tl.load(means_ptr + 2 * g + 1, mask=listed, other=0.0)
+    a = tl.load(conics_ptr + 3 * g, mask=listed, other=0.0)
+    b = tl.load(conics_ptr + 3 * g + 1, mask=listed, other=0.0)
+    c = tl.load(conics_ptr + 3 * g + 2, mask=listed, other=0.0)
+    opacity = tl.load(opacities_ptr + g, mask=listed, other=0.0)
     nothing = 0 * (mean_x + mean_y + a + b + c + opacity)
     for first in range(0, D + HAS_DEPTHS, BLOCK_C):
         at = first + tl.arange(0, BLOCK_C)
-        nothing += tl.sum(0 * _channels(colors_ptr, depths_ptr, g, at, D, HAS_DEPTHS, A), 0)
-    finite = nothing == 0
-    opacity = tl.where(finite, opacity, 0.0)
-    dx, dy = tl.where(finite, mean_x, 0.0) - x, tl.where(finite, mean_y, 0.0) - y
-    a, b, c = tl.where(finite, a, 0.0), tl.where(finite, b, 0.0), tl.where(finite, c, 0.0)
+        nothing += tl.sum(0 * _channels(colors_ptr, depths_ptr, g, listed, at, D, HAS_DEPTHS, A), 1)
+    seen = (listed & (nothing == 0))[:, None]
+    dx = _finite(mean_x)[:, None] - x[None, :]
+    dy = _finite(mean_y)[:, None] - y[None, :]
+    a, b, c = a[:, None], b[:, None], c[:, None]
     sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
-    most = opacity * tl.exp(-tl.maximum(sigma, 0.0))
-    seen = (sigma >= 0) & (most >= min_alpha)
-    return tl.where(seen, tl.minimum(most, max_alpha), 0.0), dx, dy
+    seen = seen & (sigma >= 0)
+    most = opacity[:, None] * tl.exp(-tl.where(seen, sigma, 0.0))
+    return tl.where(seen & (most >= min_alpha), tl.minimum(most, max_alpha), 0.0), dx, dy
+
+
+@triton.jit
+def _moved(x, by: tl.constexpr, edge):
+    """Row k + by of a block in the place of row k."""
+    K: tl.constexpr = x.shape[0]
+    from_ = tl.broadcast_to((tl.arange(0, K) + by)[:, None], x.shape)
+    inside = (from_ >= 0) & (from_ < K)
+    return tl.where(inside, tl.gather(x, tl.minimum(tl.maximum(from_, 0), K - 1), 0), edge)
+
+
+@triton.jit
+def _weigh(alpha, passing, live, ending):
+    """Weights of a block of splats, and T and who goes on behind it."""
+    K: tl.constexpr = alpha.shape[0]
+    k = tl.arange(0, K)[:, None]
+    through = tl.cumprod(1 - alpha, 0)
+    after = passing[None, :] * through
+    end = tl.min(tl.where(live[None, :] & (after > ending), K, k), 0)
+    met = k < end[None, :]
+    weight = tl.where(met, alpha * passing[None, :] * _moved(through, -1, 1.0), 0.0)
+    # which falls along the block
+    passing = tl.min(tl.where(met, after, passing[None, :]), 0)
+    return weight, passing, end == K
 
 
 @triton.jit
@@ -90,7 +133,7 @@ def composite_tiles_fwd_kernel(
     image_ptr,  # [I, H, W, D]
     opacity_ptr,  # [I, H, W]
     depth_ptr,  # [I, H, W]
-    constants_ptr,  # [5]
+    constants_ptr,  # [4]
     means_ptr,  # [P, 2]
     conics_ptr,  # [P, 3]
     colors_ptr,  # [P, D]
@@ -102,7 +145,7 @@ def composite_tiles_fwd_kernel(
     masks_ptr,  # [I, Y, X]
     P, D, Y, X, M, H, W, TILES,
     SIZE: tl.constexpr, HAS_DEPTHS: tl.constexpr, HAS_MASKS: tl.constexpr,
-    BACKGROUND: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BACKGROUND: tl.constexpr, PIXELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = means_ptr.dtype.element_ty
     t = tl.program_id(0).to(tl.int64)
@@ -115,34 +158,31 @@ def composite_tiles_fwd_kernel(
     passing = tl.full((PIXELS,), 1.0, A)
     met = tl.zeros((PIXELS,), A)
     live = exists
-    total = tl.zeros((PIXELS, BLOCK_C), A)
-    i = tl.zeros((), tl.int64)
+    total = tl.zeros((BLOCK_C, PIXELS), A)
+    i = tl.zeros((), tl.int32)
     going = n > 0
     while going:
-        g = tl.minimum(tl.maximum(tl.load(ids_ptr + begin + i), 0), P - 1)
+        _place, listed, g = _splats(ids_ptr, begin, i, n, P, BLOCK_K)
         alpha, _dx, _dy = _alpha(
-            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha,
-            max_alpha, HAS_DEPTHS, BLOCK_C,
+            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
+            min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
-        after = passing * (1 - alpha)
-        live = live & (after > ending)
-        weight = tl.where(live, alpha * passing, 0.0)
-        passing = tl.where(live, after, passing)
-        met += weight
-        color = _channels(colors_ptr, depths_ptr, g, channel, D, HAS_DEPTHS, A)
-        total += weight[:, None] * tl.where(_is_finite(color), color, 0.0)[None, :]
-        i += 1
+        weight, passing, live = _weigh(alpha, passing, live, ending)
+        met += tl.sum(weight, 0)
+        color = _channels(colors_ptr, depths_ptr, g, listed, channel, D, HAS_DEPTHS, A)
+        total += tl.sum(_finite(color)[:, :, None] * weight[:, None, :], 0)
+        i += BLOCK_K
         going = (i < n) & (tl.max(live.to(tl.int32), 0) > 0)
     if HAS_DEPTHS:
-        mean = total / tl.where(met > 0, met, 1.0)[:, None]
-        stored = exists[:, None] & (channel == D)[None, :]
-        tl.store(depth_ptr + pixel[:, None] + 0 * channel[None, :], mean, mask=stored)
-    colored = exists[:, None] & (channel < D)[None, :]
+        mean = total / tl.where(met > 0, met, 1.0)[None, :]
+        stored = exists[None, :] & (channel == D)[:, None]
+        tl.store(depth_ptr + pixel[None, :] + 0 * channel[:, None], mean, mask=stored)
+    at, colored = _image(pixel, exists, channel, D)
     if BACKGROUND != "none":
         owner = pixel if BACKGROUND == "pixels" else image + 0 * pixel
-        at = owner[:, None] * D + channel[None, :]
-        total += passing[:, None] * tl.load(background_ptr + at, mask=colored, other=0.0)
-    tl.store(image_ptr + pixel[:, None] * D + channel[None, :], total, mask=colored)
+        behind, _colored = _image(owner, exists, channel, D)
+        total += passing[None, :] * tl.load(background_ptr + behind, mask=colored, other=0.0)
+    tl.store(image_ptr + at, total, mask=colored)
     if tl.program_id(1) == 0:
         tl.store(opacity_ptr + pixel, met, mask=exists)
         if not HAS_DEPTHS:
@@ -150,15 +190,21 @@ def composite_tiles_fwd_kernel(
 
 
 @triton.jit
+def _image(pixel, exists, c, D):
+    """Where channels c of pixels are, and which of them there are, [channels, pixels]."""
+    return pixel[None, :] * D + c[:, None], exists[None, :] & (c < D)[:, None]
+
+
+@triton.jit
 def composite_tiles_bwd_kernel(
     partial_ptr,  # [M, 6 + C]
-    kept_ptr,  # [M // KEPT + tiles, PIXELS]
+    kept_ptr,  # [M // BLOCK_K + tiles, PIXELS]
     of_tiles_ptr,  # [tiles, D]
     d_background_ptr,  # [I, H, W, D]
     d_image_ptr,  # [I, H, W, D]
     d_opacity_ptr,  # [I, H, W]
     d_depth_ptr,  # [I, H, W]
-    constants_ptr,  # [5]
+    constants_ptr,  # [4]
     means_ptr,  # [P, 2]
     conics_ptr,  # [P, 3]
     colors_ptr,  # [P, D]
@@ -171,47 +217,39 @@ def composite_tiles_bwd_kernel(
     P, D, Y, X, M, H, W, TILES,
     SIZE: tl.constexpr, HAS_DEPTHS: tl.constexpr, HAS_MASKS: tl.constexpr,
     BACKGROUND: tl.constexpr, NEEDS_D_BACKGROUND: tl.constexpr, PIXELS: tl.constexpr,
-    BLOCK_C: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = means_ptr.dtype.element_ty
     t = tl.program_id(0).to(tl.int64)
     max_alpha, min_alpha = tl.load(constants_ptr), tl.load(constants_ptr + 1)
     center, ending = tl.load(constants_ptr + 2), tl.load(constants_ptr + 3)
-    begin, listed, n = _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS)
+    begin, listed_here, n = _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS)
     image, pixel, column, row, exists = _pixels(t, Y, X, H, W, SIZE, PIXELS)
     x, y = column.to(A) + center, row.to(A) + center
     C = D + HAS_DEPTHS
     width = 6 + C
-    kept_ptr += (begin // KEPT + t) * PIXELS + tl.arange(0, PIXELS)
-    partial_ptr += begin * width
+    # negative in pixels that have ended
+    kept_ptr += (begin // BLOCK_K + t) * PIXELS + tl.arange(0, PIXELS)
 
     passing = tl.full((PIXELS,), 1.0, A)
     met = tl.zeros((PIXELS,), A)
     distance = tl.zeros((PIXELS,), A)
     live = exists
-    # how many splats a pixel met before it ended, and T before an alpha of 1
-    last = tl.zeros((PIXELS,), tl.int64)
-    before_wall = tl.zeros((PIXELS,), A)
-    i = tl.zeros((), tl.int64)
+    i = tl.zeros((), tl.int32)
     going = n > 0
     while going:
-        if i % KEPT == 0:
-            tl.store(kept_ptr + i // KEPT * PIXELS, passing)
-        g = tl.minimum(tl.maximum(tl.load(ids_ptr + begin + i), 0), P - 1)
+        tl.store(kept_ptr + i // BLOCK_K * PIXELS, tl.where(live, passing, -1.0))
+        _place, listed, g = _splats(ids_ptr, begin, i, n, P, BLOCK_K)
         alpha, _dx, _dy = _alpha(
-            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha,
-            max_alpha, HAS_DEPTHS, BLOCK_C,
+            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
+            min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
-        after = passing * (1 - alpha)
-        live = live & (after > ending)
-        weight = tl.where(live, alpha * passing, 0.0)
-        before_wall = tl.where(live & (after == 0) & (passing > 0), passing, before_wall)
-        passing = tl.where(live, after, passing)
-        met += weight
+        weight, passing, live = _weigh(alpha, passing, live, ending)
+        met += tl.sum(weight, 0)
         if HAS_DEPTHS:
-            distance += tl.where(weight > 0, weight * tl.load(depths_ptr + g), 0.0)
-        i += 1
-        last = tl.where(live, i, last)
+            depth = _finite(tl.load(depths_ptr + g, mask=listed, other=0.0))
+            distance += tl.sum(weight * depth[:, None], 0)
+        i += BLOCK_K
         going = (i < n) & (tl.max(live.to(tl.int32), 0) > 0)
 
     behind = -tl.load(d_opacity_ptr + pixel, mask=exists, other=0.0)
@@ -224,69 +262,69 @@ def composite_tiles_bwd_kernel(
         owner = pixel if BACKGROUND == "pixels" else image + 0 * pixel
         for first in range(0, D, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
-            colored = exists[:, None] & (c < D)[None, :]
-            at = pixel[:, None] * D + c[None, :]
+            at, colored = _image(pixel, exists, c, D)
+            of_owner, _colored = _image(owner, exists, c, D)
             d_image = tl.load(d_image_ptr + at, mask=colored, other=0.0)
-            of_owner = owner[:, None] * D + c[None, :]
             background = tl.load(background_ptr + of_owner, mask=colored, other=0.0)
-            behind += tl.sum(background * d_image, 1)
+            behind += tl.sum(background * d_image, 0)
             if NEEDS_D_BACKGROUND:
-                own = passing[:, None] * d_image
+                own = passing[None, :] * d_image
                 if BACKGROUND == "pixels":
                     tl.store(d_background_ptr + at, own, mask=colored)
                 else:
-                    tl.store(of_tiles_ptr + t * D + c, tl.sum(own, 0), mask=c < D)
+                    tl.store(of_tiles_ptr + t * D + c, tl.sum(own, 1), mask=c < D)
 
     # nothing came to what follows the last splat that was met
-    for place in range(i, listed):
-        for first in range(0, width, BLOCK_C):
-            v = first + tl.arange(0, BLOCK_C)
-            zeros = tl.zeros((BLOCK_C,), A)
-            tl.store(partial_ptr + tl.cast(place, tl.int64) * width + v, zeros, mask=v < width)
+    for start in range(tl.minimum(i, n) * width, listed_here * width, PIXELS):
+        rest = start + tl.arange(0, PIXELS)
+        zeros = tl.zeros((PIXELS,), A)
+        tl.store(partial_ptr + begin * width + rest, zeros, mask=rest < listed_here * width)
     tl.debug_barrier()
     while i > 0:
-        i -= 1
-        g = tl.minimum(tl.maximum(tl.load(ids_ptr + begin + i), 0), P - 1)
+        i -= BLOCK_K
+        place, listed, g = _splats(ids_ptr, begin, i, n, P, BLOCK_K)
         alpha, dx, dy = _alpha(
-            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, x, y, D, min_alpha,
-            max_alpha, HAS_DEPTHS, BLOCK_C,
+            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
+            min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
-        alpha = tl.where(i < last, alpha, 0.0)
-        past = tl.where(alpha < 1, passing / (1 - tl.where(alpha < 1, alpha, 0.0)), before_wall)
-        if i % KEPT == 0:
-            past = tl.load(kept_ptr + i // KEPT * PIXELS)
-        passing = past
-        # an alpha of 1 that is not the first one has nothing before it
-        before_wall = tl.where(alpha < 1, before_wall, 0.0)
-        weight = alpha * passing
-        shade = tl.zeros((PIXELS,), A)
+        kept = tl.load(kept_ptr + i // BLOCK_K * PIXELS)
+        weight, _passing, _live = _weigh(alpha, tl.abs(kept), kept >= 0, ending)
+        row_ptrs = partial_ptr + place * width
+        shade = tl.zeros((BLOCK_K, PIXELS), A)
         for first in range(0, C, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
             d_color = _d_channels(d_image_ptr, d_distance, pixel, exists, c, D, HAS_DEPTHS)
-            color = _channels(colors_ptr, depths_ptr, g, c, D, HAS_DEPTHS, A)
-            color = tl.where(_is_finite(color), color, 0.0)
-            shade += tl.sum(color[None, :] * d_color, 1)
-            d_sum = tl.sum(weight[:, None] * d_color, 0)
-            tl.store(partial_ptr + i * width + 6 + c, d_sum, mask=c < C)
-        excess = shade - behind
-        behind += alpha * excess
+            color = _channels(colors_ptr, depths_ptr, g, listed, c, D, HAS_DEPTHS, A)
+            shade += tl.sum(_finite(color)[:, :, None] * d_color[None, :, :], 1)
+            d_sum = tl.sum(weight[:, None, :] * d_color[None, :, :], 2)
+            stored = listed[:, None] & (c < C)[None, :]
+            tl.store(row_ptrs[:, None] + 6 + c[None, :], d_sum, mask=stored)
+        counted = tl.where(weight > 0, alpha, 0.0)
+        through = tl.cumprod(1 - counted, 0)
+        own = counted * _moved(through, -1, 1.0) * shade
+        end = tl.min(through, 0) * behind
+        # u where an alpha of 1 stands before it, or is it: nothing needs it
+        passes = through > 0
+        later = _moved(tl.cumsum(own, 0, reverse=True), 1, 0.0) + end[None, :]
+        excess = shade - tl.where(passes, later / tl.where(passes, through, 1.0), 0.0)
+        behind = tl.sum(own, 0) + end
         h = tl.where(alpha < max_alpha, weight * excess, 0.0)
-        row_ptr = partial_ptr + i * width
-        tl.store(row_ptr, tl.sum(h, 0))
-        tl.store(row_ptr + 1, tl.sum(h * dx, 0))
-        tl.store(row_ptr + 2, tl.sum(h * dx * dx, 0))
-        tl.store(row_ptr + 3, tl.sum(h * dy, 0))
-        tl.store(row_ptr + 4, tl.sum(h * dx * dy, 0))
-        tl.store(row_ptr + 5, tl.sum(h * dy * dy, 0))
+        h_x, h_y = h * dx, h * dy
+        tl.store(row_ptrs, tl.sum(h, 1), mask=listed)
+        tl.store(row_ptrs + 1, tl.sum(h_x, 1), mask=listed)
+        tl.store(row_ptrs + 2, tl.sum(h_x * dx, 1), mask=listed)
+        tl.store(row_ptrs + 3, tl.sum(h_y, 1), mask=listed)
+        tl.store(row_ptrs + 4, tl.sum(h_x * dy, 1), mask=listed)
+        tl.store(row_ptrs + 5, tl.sum(h_y * dy, 1), mask=listed)
 
 
 @triton.jit
 def _d_channels(d_image_ptr, d_distance, pixel, exists, c, D, HAS_DEPTHS: tl.constexpr):
-    """Gradients of the sums of channels c, [pixels, channels]."""
-    colored = exists[:, None] & (c < D)[None, :]
-    d_color = tl.load(d_image_ptr + pixel[:, None] * D + c[None, :], mask=colored, other=0.0)
+    """Gradients of the sums of channels c, [channels, pixels]."""
+    at, colored = _image(pixel, exists, c, D)
+    d_color = tl.load(d_image_ptr + at, mask=colored, other=0.0)
     if HAS_DEPTHS:
-        d_color += tl.where((c == D)[None, :], d_distance[:, None], 0.0)
+        d_color += tl.where((c == D)[:, None], d_distance[None, :], 0.0)
     return d_color
 
 
@@ -362,7 +400,8 @@ class _Launch:
             self.tiles,
         )
         self.pixels = triton.next_power_of_2(size * size)
-        block_c = min(triton.next_power_of_2(max(self.C, 2)), _MOST_CHANNELS)
+        most = _CHANNEL_BYTES // means2d.itemsize
+        block_c = min(triton.next_power_of_2(max(self.C, 2)), most)
         self.chunks = max(triton.cdiv(self.C, block_c), 1)
         of_images = background is not None and len(background) == self.images
         self.background = "none" if background is None else "images" if of_images else "pixels"
@@ -372,6 +411,7 @@ class _Launch:
             "HAS_MASKS": masks is not None,
             "BACKGROUND": self.background,
             "PIXELS": self.pixels,
+            "BLOCK_K": _BLOCK_K,
             "BLOCK_C": block_c,
             "num_warps": min(max(self.pixels // 32, 1), 8),
             # asked for, as the default changes between triton 3.9 and 3.10
@@ -420,13 +460,12 @@ def bwd(
     if launch.tiles:
         composite_tiles_bwd_kernel[(launch.tiles,)](
             partial,
-            means2d.new_empty(M // _KEPT + launch.tiles, launch.pixels),
+            means2d.new_empty(M // _BLOCK_K + launch.tiles, launch.pixels),
             of_tiles,
             d_background,
             *d_outputs,
             *launch.arguments,
             NEEDS_D_BACKGROUND=bool(needs & 32) and background is not None,
-            KEPT=_KEPT,
             **launch.options,
         )
     if of_images and needs & 32:
@@ -435,7 +474,7 @@ def bwd(
     starts = torch.searchsorted(ids, torch.arange(P + 1, device=ids.device))
     sums = means2d.new_empty(P, W)
     if P:
-        block = triton.next_power_of_2(min(W, _MOST_CHANNELS))
+        block = triton.next_power_of_2(min(W, _BLOCK_V))
         grid = P, triton.cdiv(W, block)
         composite_tiles_bwd_splats_kernel[grid](
             sums, starts, places, partial, W, BLOCK=block, enable_fp_fusion=True

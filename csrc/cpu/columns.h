@@ -1,80 +1,114 @@
-// Values of kLanes rows of memory, one row a lane: register v holds value v of all rows. 16 bytes
-// of each row are transposed at a time, within the 128-bit lanes of registers that are put together
-// of as many rows as they have such lanes.
+// Rows of a few values that lie end to end in memory, kLanes of them at a time as their columns:
+// lane i of column c is value c of row i.
 #pragma once
 
 #include <algorithm>
 
-#include "rays.h"
+#include "triples.h"
 
 namespace rayfuse {
 
-// Up to kLanes rows. Where there are fewer, the last one stands in for the others.
-template <class T>
-struct Rows {
-  using A = accumulator<std::remove_const_t<T>>;
-
-  T* first;
-  int64_t stride;
-  int count;
-
-  T* operator[](int i) const { return first + std::min(i, count - 1) * stride; }
-
-  // The first n values.
-  void load_to(vec<A>* columns, int64_t n) const {
-    if (n < kRays<A>) {
-      for (int64_t v = 0; v < n; ++v) {
-        for (int i = 0; i < kLanes<A>; ++i) columns[v][i] = widen((*this)[i][v]);
-      }
-      return;
-    }
-    for_pieces(n, [&](int64_t v) {
-      const Block<A> block =
-          transpose(each_column<A>([&](int r) { return together(r, v, pieces()); }));
-      for (int j = 0; j < kRays<A>; ++j) columns[v + j] = block.column[j];
-    });
-  }
-  void store_from(const vec<A>* columns, int64_t n) const {
-    if (n < kRays<A>) {
-      for (int i = 0; i < count; ++i) {
-        for (int64_t v = 0; v < n; ++v) (*this)[i][v] = narrow<T>(columns[v][i]);
-      }
-      return;
-    }
-    for_pieces(n, [&](int64_t v) {
-      const Block<A> block = transpose(each_column<A>([&](int j) { return columns[v + j]; }));
-      for (int r = 0; r < kRays<A>; ++r) apart(r, v, block.column[r]);
-    });
-  }
-
- private:
-  static constexpr int kPieces = kLanes<A> / kRays<A>;
-
-  static auto pieces() { return std::make_integer_sequence<int, kPieces>(); }
-
-  // The last piece overlaps the one before it, where values do not divide into pieces.
-  template <class F>
-  static void for_pieces(int64_t n, const F& f) {
-    int64_t v = 0;
-    for (; v + kRays<A> <= n; v += kRays<A>) f(v);
-    if (v < n) f(n - kRays<A>);
-  }
-
-  // Values v.. of rows r, r + kRays, ...
-  template <int... q>
-  vec<A> together(int r, int64_t v, std::integer_sequence<int, q...>) const {
-    std::remove_const_t<T> values[kLanes<A>];
-    (..., std::memcpy(values + q * kRays<A>, (*this)[q * kRays<A> + r] + v, kRays<A> * sizeof(T)));
-    return load(values);
-  }
-  void apart(int r, int64_t v, vec<A> x) const {
-    T values[kLanes<A>];
-    store(values, x);
-    for (int q = 0; q < kPieces; ++q) {
-      const int i = q * kRays<A> + r;
-      if (i < count) std::memcpy((*this)[i] + v, values + q * kRays<A>, kRays<A> * sizeof(T));
-    }
-  }
+template <class A, int width>
+struct Columns {
+  vec<A> column[width];
 };
+
+// Every second value of a and b laid end to end, from `first` on; and back.
+template <int first, class V>
+V every_second(V a, V b) {
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(a, b, (2 * i + first)...);
+  }(std::make_integer_sequence<int, kLanesOf<V>>());
+}
+template <bool high, class V>
+V take_alternately(V a, V b) {
+  constexpr int n = kLanesOf<V>;
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(a, b, (i / 2 + high * n / 2 + i % 2 * n)...);
+  }(std::make_integer_sequence<int, n>());
+}
+
+// Lane i of the result is lane (3 i + first) % kLanes, or the other way round.
+template <int first, bool back, class V>
+V step_by_three(V x) {
+  constexpr int n = kLanesOf<V>;
+  // 3 third = 1 modulo n
+  constexpr int third = (n % 3 == 1 ? 2 * n + 1 : n + 1) / 3;
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(
+        x, x, (back ? (i + n - first % n) % n * third % n : (3 * i + first) % n)...);
+  }(std::make_integer_sequence<int, n>());
+}
+
+template <class A, int width>
+Columns<A, width> columns_of_rows(const Columns<A, width>& rows) {
+  const vec<A>* const r = rows.column;
+  if constexpr (width == 1) {
+    return rows;
+  } else if constexpr (width == 3) {
+    const Triples<A> x{{r[0], r[1], r[2]}};
+    return {{step_by_three<0, false>(component<0>(x)), step_by_three<1, false>(component<1>(x)),
+             step_by_three<2, false>(component<2>(x))}};
+  } else {
+    static_assert(width % 2 == 0, "rows of a power of 2, or 3 times that");
+    Columns<A, width / 2> even, odd;
+    for (int j = 0; j < width / 2; ++j) {
+      even.column[j] = every_second<0>(r[2 * j], r[2 * j + 1]);
+      odd.column[j] = every_second<1>(r[2 * j], r[2 * j + 1]);
+    }
+    even = columns_of_rows(even), odd = columns_of_rows(odd);
+    Columns<A, width> out;
+    for (int c = 0; c < width; ++c) out.column[c] = (c % 2 ? odd : even).column[c / 2];
+    return out;
+  }
+}
+
+template <class A, int width>
+Columns<A, width> rows_of_columns(const Columns<A, width>& columns) {
+  const vec<A>* const c = columns.column;
+  if constexpr (width == 1) {
+    return columns;
+  } else if constexpr (width == 3) {
+    const vec<A> x = step_by_three<0, true>(c[0]), y = step_by_three<1, true>(c[1]),
+                 z = step_by_three<2, true>(c[2]);
+    return {{take_turns<0>(x, y, z), take_turns<kLanes<A>>(x, y, z),
+             take_turns<2 * kLanes<A>>(x, y, z)}};
+  } else {
+    static_assert(width % 2 == 0, "rows of a power of 2, or 3 times that");
+    Columns<A, width / 2> even, odd;
+    for (int i = 0; i < width; ++i) (i % 2 ? odd : even).column[i / 2] = c[i];
+    even = rows_of_columns(even), odd = rows_of_columns(odd);
+    Columns<A, width> out;
+    for (int j = 0; j < width / 2; ++j) {
+      out.column[2 * j] = take_alternately<false>(even.column[j], odd.column[j]);
+      out.column[2 * j + 1] = take_alternately<true>(even.column[j], odd.column[j]);
+    }
+    return out;
+  }
+}
+
+// The first n rows at p, the others are 0.
+template <int width, class T, class A = accumulator<T>>
+Columns<A, width> load_columns(const T* p, int64_t n) {
+  constexpr int N = kLanes<A>;
+  Columns<A, width> rows;
+  for (int j = 0; j < width; ++j) {
+    rows.column[j] =
+        n >= N ? load(p + j * N) : load(p + j * N, std::clamp<int64_t>(width * n - j * N, 0, N));
+  }
+  return columns_of_rows(rows);
+}
+template <int width, class T, class A = accumulator<T>>
+void store_columns(T* p, const Columns<A, width>& x, int64_t n) {
+  constexpr int N = kLanes<A>;
+  const Columns<A, width> rows = rows_of_columns(x);
+  for (int j = 0; j < width; ++j) {
+    if (n >= N) {
+      store(p + j * N, rows.column[j]);
+    } else {
+      store(p + j * N, rows.column[j], std::clamp<int64_t>(width * n - j * N, 0, N));
+    }
+  }
+}
 
 }  // namespace rayfuse

@@ -3,7 +3,7 @@
 // transposed once, for all cameras. Backward, with g the gradient of a colour, in the order of
 // cameras: d_coeff_kd = sum_c Y_k g_d, d_dir = (d_u - <d_u, u> u) / |dir| with
 // d_u = sum_k <coeff_k, g> grad Y_k. docs/splats.md
-#include "columns.h"
+#include "rows.h"
 #include "square_root.h"
 #include "triples.h"
 #include "../math/spherical_harmonics.h"

@@ -51,12 +51,14 @@ struct Pixel {
   A x, y;
   bool exists;
 
-  __device__ Pixel(const Scene<T>& scene, int64_t t) {
+  // Tiles are fewer than 2^31, and divisions of 64 bits are calls.
+  __device__ Pixel(const Scene<T>& scene, unsigned t) {
+    const unsigned of_image = static_cast<unsigned>(scene.Y * scene.X);
+    const unsigned across = static_cast<unsigned>(scene.X), tile = t % of_image;
     const int size = static_cast<int>(scene.size), rank = threadIdx.x;
-    const int64_t tile = t % (scene.Y * scene.X);
-    const int64_t column = tile % scene.X * size + rank % size;
-    const int64_t row = tile / scene.X * size + rank / size;
-    image = t / (scene.Y * scene.X);
+    const int64_t column = int64_t{tile % across} * size + rank % size;
+    const int64_t row = int64_t{tile / across} * size + rank / size;
+    image = t / of_image;
     index = (image * scene.H + row) * scene.W + column;
     x = static_cast<A>(column) + scene.center;
     y = static_cast<A>(row) + scene.center;
@@ -133,16 +135,42 @@ struct Passing {
   }
 };
 
+// Of the splats of a batch, a block's channels; 0 where there are fewer.
 template <int kChannels, class T>
-__global__ void __launch_bounds__(kBlock)
+struct Channels {
+  using A = accumulator<T>;
+
+  A value[kBatch][kChannels];
+
+  __device__ void load(const Scene<T>& scene, const List& list, int64_t first, int64_t channel) {
+    const int64_t C = scene.channels();
+    for (int i = threadIdx.x; i < kBatch * kChannels; i += blockDim.x) {
+      const int64_t place = first + i / kChannels, c = channel + i % kChannels;
+      value[i / kChannels][i % kChannels] =
+          place < list.n && c < C ? channel_of(scene, splat_at(scene, list.begin + place), c)
+                                  : A(0);
+    }
+  }
+};
+
+// Blocks that registers must suffice for: left to itself nvcc 13.0 took 48 for 4 channels, of more
+// blocks, and spilled.
+template <int kChannels, class T>
+constexpr int kBlocks = (kChannels > 4 ? 8 : 16) / sizeof(accumulator<T>);
+
+template <int kChannels, class T>
+__global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
     composite_tiles_fwd_kernel(Scene<T> scene,
                                accumulator<T>* __restrict__ image,    // [I, H, W, D]
                                accumulator<T>* __restrict__ opacity,  // [I, H, W]
                                accumulator<T>* __restrict__ depth) {  // [I, H, W]
   using A = accumulator<T>;
   __shared__ Batch<T> batch;
-  const int64_t C = scene.channels(), chunks = max((C + kChannels - 1) / kChannels, int64_t{1});
-  const int64_t t = blockIdx.x / chunks, first_channel = blockIdx.x % chunks * kChannels;
+  __shared__ Channels<kChannels, T> channels;
+  const int64_t C = scene.channels();
+  const unsigned chunks = max(static_cast<unsigned>((C + kChannels - 1) / kChannels), 1u);
+  const unsigned t = blockIdx.x / chunks;
+  const int64_t first_channel = int64_t{blockIdx.x % chunks} * kChannels;
   const List list(scene, t);
   const Pixel<T> pixel(scene, t);
   Passing<A> passing{1, !pixel.exists};
@@ -150,6 +178,7 @@ __global__ void __launch_bounds__(kBlock)
   for (int64_t first = 0; first < list.n; first += kBatch) {
     if (__syncthreads_and(passing.ended)) break;
     batch.load(scene, list.begin + first, list.n - first);
+    channels.load(scene, list, first, first_channel);
     __syncthreads();
     for (int k = 0; k < kBatch && !passing.ended; ++k) {
       const A before = passing.transmittance;
@@ -157,11 +186,7 @@ __global__ void __launch_bounds__(kBlock)
       if (weight == 0) continue;
       met += weight;
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        if (first_channel + c < C) {
-          sum[c] += weight * channel_of(scene, batch.id[k], first_channel + c);
-        }
-      }
+      for (int c = 0; c < kChannels; ++c) sum[c] += weight * channels.value[k][c];
     }
   }
   if (!pixel.exists) return;
@@ -220,7 +245,8 @@ __global__ void __launch_bounds__(kBlock)
   using A = accumulator<T>;
   __shared__ Batch<T> batch;
   __shared__ Exchange<A> exchange;
-  const int64_t C = scene.channels(), D = scene.D, width = kMoments + C, t = blockIdx.x;
+  const int64_t C = scene.channels(), D = scene.D, width = kMoments + C;
+  const unsigned t = blockIdx.x;
   const List list(scene, t);
   const Pixel<T> pixel(scene, t);
   kept += (list.begin / kBatch + t) * blockDim.x + threadIdx.x;

@@ -368,7 +368,10 @@ class Op:
         with below(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
             found = _gradients(self._reference_fwd(*wide), [*wanted.values()], d_outputs)
         grads = {i: grad.to(raw[i].dtype) for i, grad in zip(wanted, found, strict=True)}
-        out = [grads.get(i, raw[0].new_empty(0)) for i in self.differentiable]
+        out = [
+            grads[i] if i in grads else (raw[0] if raw[i] is None else raw[i]).new_empty(0)
+            for i in self.differentiable
+        ]
         return out[0] if len(out) == 1 else tuple(out)
 
     def _split_bwd(self, args: tuple[Any, ...]) -> tuple[list[Any], list[Any], int]:

@@ -117,11 +117,12 @@ class TileOp(Op):
                 continue
             if array.name == "background" and x.dim() == 1:
                 x = x.expand(*images, *x.shape)
-            inner, leads = len(array.dims) - 1, {splats}
+            # no sets: a hash would make torch.compile take sizes for constants
+            inner, leads = len(array.dims) - 1, [splats]
             if array.name in ("tile_offsets", "masks"):
-                inner, leads = 2, {images}
+                inner, leads = 2, [images]
             elif array.name == "background":
-                leads = {images, pixels}
+                leads = [images, pixels]
             lead = tuple(x.shape[: x.dim() - inner])
             # one that does not fit is left for the check
             if array.name != "flatten_ids" and lead in leads:

@@ -71,15 +71,17 @@ class ProjectionOp(Op):
         values = super().sample(leading, torch.float64, seed, **sizes)
         named = dict(zip(self.inputs, values, strict=True))
         x, y, z = named["means"].unbind(-1)
-        z = torch.where(z < -0.8, z, 2.7 + 1.2 * z)
+        z = torch.where(z < -0.8, z, 2.8 + 0.8 * z)
         named["means"] = torch.stack([2.2 * x, 1.7 * y, z], -1)
         named["viewmats"] = 0.1 * named["viewmats"] + torch.eye(4, dtype=torch.float64)
         K = torch.tensor([[40, 0, 20], [0, 42, 15], [0, 0, 1]], dtype=torch.float64)
         named["Ks"] = K * (1 + 0.1 * named["Ks"])
-        named["scales"] = 0.25 + 0.15 * named["scales"]
+        named["quats"] += named["quats"].sign()
+        named["scales"] = 0.15 * torch.exp(1.5 * named["scales"][..., :1] + 0.3 * named["scales"])
         m = named["covars"].new_zeros(*named["covars"].shape[:-1], 3, 3)
-        m[..., [0, 1, 2], [0, 1, 2]] = 0.25 + 0.1 * named["covars"][..., :3]
-        m[..., [1, 2, 2], [0, 0, 1]] = 0.1 * named["covars"][..., 3:]
+        m[..., [0, 1, 2], [0, 1, 2]] = 1 + 0.3 * named["covars"][..., :3]
+        m[..., [1, 2, 2], [0, 0, 1]] = 0.3 * named["covars"][..., 3:]
+        m *= 0.15 * torch.exp(1.5 * named["covars"][..., :1, None])
         named["covars"] = (m @ m.mT).flatten(-2)[..., [0, 1, 2, 4, 5, 8]]
         return [x.to(dtype) for x in named.values()]
 
@@ -169,7 +171,7 @@ def project_gaussians(
     def project(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         sigma = _covariance(given)
         R, t = given["viewmats"][..., :3, :3], given["viewmats"][..., :3, 3]
-        p = (R @ given["means"][..., None])[..., 0] + t
+        p = _product(R, given["means"][..., None])[..., 0] + t
         K = given["Ks"]
         f, center = K[..., [0, 1], [0, 1]], K[..., [0, 1], [2, 2]]
         x, z = p[..., :2], p[..., 2:]
@@ -184,8 +186,8 @@ def project_gaussians(
             slope = -scale * torch.minimum(torch.maximum(x / z, least), most)
             means2d = scale * x + center
         J = torch.cat([torch.diag_embed(scale), slope[..., None]], -1)
-        JR = J @ R
-        V = JR @ sigma @ JR.mT
+        JR = _product(J, R)
+        V = _product(_product(JR, sigma), JR.mT)
         a, b, c = V[..., 0, 0], V[..., 0, 1], V[..., 1, 1]
         before = a * c - b * b
         a, c = a + eps2d, c + eps2d
@@ -247,4 +249,9 @@ def _covariance(given: dict[str, Tensor]) -> Tensor:
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
     ]  # fmt: skip
     m = torch.stack(rotation, -1).unflatten(-1, (3, 3)) * given["scales"][..., None, :]
-    return m @ m.mT
+    return _product(m, m.mT)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y, which autocast leaves as precise as it is."""
+    return (x[..., None] * y[..., None, :, :]).sum(-2)
