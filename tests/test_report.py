@@ -120,7 +120,7 @@ def run_dir(tmp_path):
             {"name": "losses", "forward_ms": 5.0, "backward_ms": 5.0},
         ],
         "ops": [
-            {"op": "orientation", "backend": "torch", "forward_ms": 0.5, "backward_ms": 0.5},
+            {"op": "normal_losses", "backend": "ref", "forward_ms": 0.5, "backward_ms": 0.5},
             {"op": "distortion_loss", "backend": "cpu", "forward_ms": 1.0, "backward_ms": 1.5},
         ],
     }
@@ -135,7 +135,8 @@ def run_dir(tmp_path):
         "extra_memory_mb": {"reference": 310.0, "fused": 205.0},
         "ops": {
             "reference": [
-                {"op": "distortion_loss", "backend": "ref", "forward_ms": 4.0, "backward_ms": 6.0}
+                {"op": "normal_losses", "backend": "ref", "forward_ms": 1.0, "backward_ms": 1.0},
+                {"op": "distortion_loss", "backend": "ref", "forward_ms": 4.0, "backward_ms": 6.0},
             ],
             "fused": profile["ops"],
         },
@@ -242,9 +243,9 @@ def test_time_goes_to_parts_and_ops_with_their_backend(run_dir):
     assert [row["name"] for row in table["parts"]] == ["field", "losses", "everything else"]
     assert [row["share"] for row in table["parts"]] == ["50.0 %", "20.0 %", "30.0 %"]
     assert table["parts"][0]["bars"] == [48.0, 52.0]
-    assert [row["name"] for row in table["ops"]] == ["distortion_loss", "orientation"]
+    assert [row["name"] for row in table["ops"]] == ["distortion_loss", "normal_losses"]
     page = page_of(run_dir)
-    assert page.says("cpu") and page.says("torch") and page.says("50.0 ms")
+    assert page.says("cpu") and page.says("ref") and page.says("50.0 ms")
 
 
 def test_reference_and_fused_are_compared(run_dir):
@@ -253,8 +254,10 @@ def test_reference_and_fused_are_compared(run_dir):
     assert page.says("2.5·10⁻⁴ of that term's largest value (depth_loss, step 3)")
     assert page.says("61.0") and page.says("52.0") and page.says("310") and page.says("205")
     table = report._comparison(json.loads((run_dir / "compare.json").read_text()))
-    # what ran as plain torch on both sides is no op of ours
-    assert table["ops"] == [("distortion_loss", "cpu", "10.00", "2.50", "4.0 x")]
+    assert table["ops"] == [
+        ("distortion_loss", "cpu", "10.00", "2.50", "4.0 x"),
+        ("normal_losses", "ref", "2.00", "1.00", "2.0 x"),
+    ]
     assert [plot["title"] for plot in table["plots"]] == ["Rgb loss", "Depth loss"]
 
 

@@ -73,7 +73,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     ),
     "photos": ("tens of small photographs in about four minutes on two cores", _SMALL),
     "occupancy": (
-        "the same with an occupancy grid in place of proposals",
+        "as photos, with an occupancy grid in place of proposals",
         replace(
             _SMALL,
             steps=3000,

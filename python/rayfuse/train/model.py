@@ -19,8 +19,10 @@ from rayfuse.train.field import FeatureHead, Field, FieldConfig, ProposalField
 from rayfuse.train.scene import Rays
 from rayfuse.train.space import Space
 
-# density from which on a cell of the grid is not empty; a new field has 0.37 everywhere
-OCCUPIED = 0.3
+# density from which on a cell of the grid is not empty; a new field has 0.37 everywhere, so that it
+# is reached in as many steps
+OCCUPIED = 2.0
+GRID_WARMUP = 256
 # opacity from which on a sample is worth its gradient
 VISIBLE = 0.002
 
@@ -342,7 +344,13 @@ class OccupancyModel(FieldModel):
             return self._density(x)[:, None]
 
         with record_function("part:grid"), self._drawing_from(generator):
-            self.grid.update_every_n_steps(step, density, occ_thre=OCCUPIED, ema_decay=0.8, n=8)
+            self.grid.update_every_n_steps(
+                *(step, density),
+                occ_thre=OCCUPIED * min(step / GRID_WARMUP, 1.0),
+                ema_decay=0.8,
+                warmup_steps=GRID_WARMUP,
+                n=8,
+            )
 
     def metrics(self) -> dict[str, Tensor]:
         occupied = self.grid.binaries.float().mean()

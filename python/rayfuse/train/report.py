@@ -456,7 +456,6 @@ def _comparison(comparison: dict) -> dict | None:
         "ops": [
             (name, backend, _fixed(before), _fixed(after), f"{_fixed(ratio, 1)} x")
             for name, backend, before, after, ratio in sorted(rows, key=lambda row: -row[2])
-            if backend != "torch"
         ],
     }
 
