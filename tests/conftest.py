@@ -25,8 +25,9 @@ EMULATED = {"simt", "triton"} if backend.interpreting() else {"simt"}
 if simt.reason() is None:
     simt.load()
 
-# where the quick suite tests the engine, which is the same for all
-ENGINE_BACKEND = f"cpu.{backend.isas()[-1]}" if backend.isas() else "ref"
+# where the quick suite tests the engine, which is the same for all: once, and on a GPU
+ENGINE_BACKENDS = {f"cpu.{backend.isas()[-1]}" if backend.isas() else "ref", "cuda", "triton"}
+ENGINE_BACKENDS -= EMULATED
 
 _ran: Counter[str] = Counter()
 
@@ -47,7 +48,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         elsewhere = "engine" in item.keywords and not (
             item.cls.engine_on_every_backend
-            or item.callspec.params["forced_backend"] == ENGINE_BACKEND
+            or item.callspec.params["forced_backend"] in ENGINE_BACKENDS
         )
         if elsewhere or "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run by `make test-all`"))
