@@ -13,8 +13,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch is there already: an isolated build would not see it
 INSTALL := $(PIP) install -q --no-build-isolation
-# most tests keep one processor busy: 34 s became 23 s on two
-PARALLEL_PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# a process for each processor, whose thread it does not share; what is left of a long file at the
+# end goes to whoever is done
+PARALLEL_PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: help build test test-all test-abi test-cuda-abi gpu-code bench check format demo wheel clean
 .DEFAULT_GOAL := help

@@ -25,14 +25,32 @@ EMULATED = {"simt", "triton"} if backend.interpreting() else {"simt"}
 if simt.reason() is None:
     simt.load()
 
+# where the quick suite tests the engine, which is the same for all: once, and on a GPU
+ENGINE_BACKENDS = {f"cpu.{backend.isas()[-1]}" if backend.isas() else "ref", "cuda", "triton"}
+ENGINE_BACKENDS -= EMULATED
+
 _ran: Counter[str] = Counter()
 
 
+def slow_tests_run(config):
+    return "slow" in (config.option.markexpr or "")
+
+
+@pytest.fixture(scope="session")
+def thorough(request):
+    """Whether all cases are wanted of a test that the quick suite runs with some."""
+    return slow_tests_run(request.config)
+
+
 def pytest_collection_modifyitems(config, items):
-    if "slow" in (config.option.markexpr or ""):
+    if slow_tests_run(config):
         return
     for item in items:
-        if "slow" in item.keywords:
+        elsewhere = "engine" in item.keywords and not (
+            item.cls.engine_on_every_backend
+            or item.callspec.params["forced_backend"] in ENGINE_BACKENDS
+        )
+        if elsewhere or "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run by `make test-all`"))
 
 

@@ -27,6 +27,7 @@ class TestDistortionLoss(Contract):
     )
     typical = {"S": 19}
     gpu_sizes = ({"S": 128}, {"S": 100}, {"S": 65536})
+    engine_on_every_backend = True
 
     def bad_calls(self, device):
         yield from super().bad_calls(device)

@@ -1,6 +1,7 @@
 """What compilers made of the GPU kernels, for GPUs that are not there: docs/gpu is true and clean.
 
-Quick: the figures are of this tree by their fingerprints, and a part of them is made again here.
+Quick: the figures are of this tree by their fingerprints, and those of two ops are made again here
+in part. Slow: all of them.
 """
 
 import importlib.util
@@ -14,12 +15,15 @@ import pytest
 
 import cuda_code
 import gpu_figures
+import rayfuse
 from rayfuse.ops import STEMS
 
 each_op = pytest.mark.parametrize("stem", STEMS)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
+# what the quick tests compile: dense rays and packed ones
+COMPILED = ("distortion_loss", "packed_ray_weights")
 TARGETS = {
     "triton": gpu_figures.TRITON_TARGETS,
     "cuda": [f"sm_{arch}" for arch in gpu_figures.ARCHS],
@@ -93,10 +97,21 @@ def test_fingerprint_is_of_all_that_decides(monkeypatch):
     assert {"rays.h", "accumulator.h", "cuda_code.py", "simt.py", "executor.cpp"} <= {*files}
 
 
-def measured(part):
+@each_op
+def test_every_cuda_kernel_moves_rows_128_bits_at_a_time(stem):
+    if not any(array.leading for array in getattr(rayfuse, stem).op.signature.inputs):
+        pytest.skip("no rows: packed rays begin anywhere")
+    for row in gpu_figures.read(stem)["cuda"]["codes"]:
+        assert row["load"] == 128, row
+        assert row["store"] == 128 or "_fwd_" in row["kernel"], row
+
+
+def measured(part, stems=STEMS):
     """Another process: this one interprets triton's kernels."""
+    code = f"import gpu_code; gpu_code.STEMS = {tuple(stems)}; gpu_code.main()"
     done = subprocess.run(
-        [sys.executable, gpu_figures.ROOT / "tests" / "gpu_code.py", "--json", part],
+        [sys.executable, "-c", code, "--json", part],
+        cwd=gpu_figures.ROOT / "tests",
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -115,7 +130,8 @@ def assert_committed(stem, backend, kind, rows, by):
 
 @needs_triton
 def test_triton_kernels_compile_to_what_the_figures_say():
-    found = measured("quick")
+    found = measured("quick", COMPILED)
+    assert found["triton"].keys() == {*COMPILED}
     for stem, figures in found["triton"].items():
         assert gpu_figures.unexplained_spills(stem, figures["codes"]) == []
         assert_committed(stem, "triton", "codes", figures["codes"], figures["by"])

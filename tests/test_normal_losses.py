@@ -27,6 +27,7 @@ class TestNormalLosses(Contract):
     sizes = tuple({"S": S} for S in (0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 33, 48, 64, 257))
     typical = {"S": 9}
     gpu_sizes = ({"S": 128}, {"S": 100}, {"S": 65536})
+    engine_on_every_backend = True
     variants = ({}, {"nan": "propagate"}, {"d": None}, {"n_pred": None})
 
     def test_values_are_the_published_ones(self, forced_backend, device):

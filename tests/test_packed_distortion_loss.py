@@ -30,6 +30,7 @@ class TestPackedDistortionLoss(PackedContract):
     sizes = tuple({"P": P} for P in (0, 1, 2, 3, 5, 8, 15, 17, 33, 64, 130))
     typical = {"P": 19}
     gpu_sizes = ({"P": 64}, {"P": 1000})
+    engine_on_every_backend = True
     gpu_spills = {
         "packed_distortion_loss_bwd_kernel": "on gfx942 scalar registers (masks of ragged tiles), "
         "into lanes of vector registers and not into memory"

@@ -134,6 +134,11 @@ def run_sanitized(code):
     )
 
 
+# the build takes half a minute an op
+sanitized = pytest.mark.slow
+
+
+@sanitized
 @pytest.mark.parametrize(
     "kernel, found",
     [
@@ -149,6 +154,7 @@ def test_sanitized_build_finds_what_the_compiler_watches(kernel, found):
     assert found in done.stderr
 
 
+@sanitized
 def test_ops_run_clean_in_the_sanitized_build():
     done = run_sanitized("import simt_sanitized; simt_sanitized.run_all(); print('ran')")
     assert "ran" in done.stdout, done.stderr

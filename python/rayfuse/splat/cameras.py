@@ -11,13 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rayfuse.splat.gaussians import Camera
-from rayfuse.train.scene import Scene
+from rayfuse.splat.sweep import sweep
+from rayfuse.train.scene import Scene, box_filter
 
 # of a pixel; float32 has fewer digits far from the middle of a wide photograph
 STRAIGHT = 1e-2
-# how far random points are from cameras, which are typically 1.5 away from what they look at;
+# how far points may be from cameras, which are typically 1.5 away from what they look at;
 # behind something opaque there is more to see
-NEAREST, FARTHEST, FARTHEST_OPAQUE = 0.6, 2.4, 8.0
+NEAREST, FARTHEST_OBJECT, FARTHEST = 0.4, 2.4, 8.0
+# of photographs, in pixels: enough to tell planes apart, and 0.1 s a view
+SWEPT_SIDE = 120
+# share of pixels whose depth was found that says that photographs overlap; others would be guesses
+# that stand before them
+ENOUGH = 0.1
 
 
 def undistorted(scene: Scene) -> Scene:
@@ -68,30 +74,58 @@ def cameras(scene: Scene) -> list[Camera]:
 
 
 def starting_points(scene: Scene, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Points [P, 3] and their colours [P, 3]: of pixels whose depth is known or guessed.
+    """Points [P, 3] and their colours [P, 3]: pixels of training views, lifted by their depth.
 
-    Where photographs have depth, all their training pixels are lifted by it, and those without by
-    that of the nearest with it; else of `count` pixels those that are opaque are lifted by random
-    distances.
+    Where photographs have depth, all training pixels of theirs are lifted, those without by that of
+    the nearest with it. Else `count` pixels are drawn, and those lifted that are opaque and whose
+    depth a plane sweep finds; by random distances if it finds that of few.
     """
     if scene.depth is not None:
         index, distance = _lifted(scene, scene.depth)
     else:
-        views = torch.tensor(scene.train_views)
-        view = views[torch.randint(len(views), (count,), generator=generator)]
-        index = view * scene.pixels + torch.randint(scene.pixels, (count,), generator=generator)
-        farthest = FARTHEST_OPAQUE
-        if scene.alpha is not None:
-            # what is not there has no place
-            farthest = FARTHEST
-            index = index[scene.alpha.flatten()[index] > 0.5]
-            count = len(index)
-        # evenly in disparity, as that is what moves pixels
-        low, high = 1 / farthest, 1 / NEAREST
-        distance = 1 / (low + (high - low) * torch.rand(count, generator=generator))
+        index, distance = _drawn(scene, count, generator)
     rays = scene.rays(index)
     points = rays.origins + distance[:, None] * rays.directions
     return points, scene.rgb.view(-1, 3)[index]
+
+
+def _drawn(scene: Scene, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pixels, flat into the photographs, and distances along their rays."""
+    views = torch.tensor(scene.train_views)
+    chosen = torch.randint(len(views), (count,), generator=generator)
+    pixel = torch.randint(scene.pixels, (count,), generator=generator)
+    farthest = FARTHEST if scene.alpha is None else FARTHEST_OBJECT
+    # evenly in disparity, as that is what moves pixels
+    low, high = 1 / farthest, 1 / NEAREST
+    distance = 1 / (low + (high - low) * torch.rand(count, generator=generator))
+    swept = _swept(scene, views, farthest)[chosen, pixel]
+    found = swept.isfinite()
+    if found.float().mean() > ENOUGH:
+        chosen, pixel, distance = chosen[found], pixel[found], swept[found]
+    index = views[chosen] * scene.pixels + pixel
+    if scene.alpha is not None:
+        opaque = scene.alpha.flatten()[index] > 0.5
+        index, distance = index[opaque], distance[opaque]
+    return index, distance
+
+
+def _swept(scene: Scene, views: Tensor, farthest: float) -> Tensor:
+    """[views, H * W] distances along the rays of training views, NaN where nothing is found."""
+    height, width = scene.rgb.shape[1:3]
+    blocks = max(1, round(max(height, width) / SWEPT_SIDE))
+    photos = box_filter(scene.rgb[views], blocks)
+    seen_by = [cameras(scene)[view] for view in views.tolist()]
+    small = [_smaller(camera, blocks) for camera in seen_by]
+    depth = sweep(photos, small, NEAREST, farthest)
+    # nearest, so that nothing is lifted to between two surfaces
+    depth = F.interpolate(depth[:, None], (height, width))[:, 0]
+    along_ray = (scene.plane.square().sum(-1) + 1).sqrt()[scene.camera[views]]
+    return (depth * along_ray).flatten(1)
+
+
+def _smaller(camera: Camera, blocks: int) -> Camera:
+    K = torch.cat([camera.K[:2] / blocks, camera.K[2:]])
+    return Camera(camera.viewmat, K, camera.width // blocks, camera.height // blocks)
 
 
 def _lifted(scene: Scene, depth: Tensor) -> tuple[Tensor, Tensor]:
