@@ -17,6 +17,9 @@ INSTALL := $(PIP) install -q --no-build-isolation
 # end goes to whoever is done
 PARALLEL_PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
+# every extra that a part of the package needs
+ALL_PARTS := $(VENV)/.with-train $(VENV)/.with-splat $(VENV)/.with-view
+
 .PHONY: help build test test-all test-abi test-cuda-abi gpu-code bench check format demo wheel clean
 .DEFAULT_GOAL := help
 
@@ -26,10 +29,10 @@ help:  ## list the targets
 demo: $(VENV)/.with-train  ## train a feature field on two photographs; report in runs/
 	$(BIN)/rayfuse train
 
-test: $(VENV)/.with-train $(VENV)/.with-test  ## the whole suite but the slow tests
+test: $(ALL_PARTS) $(VENV)/.with-test  ## the whole suite but the slow tests
 	$(PARALLEL_PYTEST)
 
-test-all: $(VENV)/.with-train $(VENV)/.with-test  ## the suite with the slow tests
+test-all: $(ALL_PARTS) $(VENV)/.with-test  ## the suite with the slow tests
 	$(PARALLEL_PYTEST) -m "slow or not slow"
 
 test-abi: $(VENV)/.built  ## load this build under an older torch, in a second environment
@@ -49,7 +52,7 @@ gpu-code: $(VENV)/.with-test  ## compile the GPU kernels that changed, GPU or no
 bench: $(VENV)/.with-bench  ## every op against its peers and the machine's limit
 	$(BIN)/python -m pytest bench
 
-check: $(VENV)/.with-train $(VENV)/.with-test $(VENV)/.with-check  ## what CI runs before the tests
+check: $(ALL_PARTS) $(VENV)/.with-test $(VENV)/.with-check  ## what CI runs before the tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
@@ -87,5 +90,5 @@ $(VENV)/.with-%: pyproject.toml | $(VENV)/.built
 # the weights of a real network in a wheel whose own requirements would replace torch
 NO_DEPS_train := stlpips-pytorch==0.0.2
 # drop-ins are tested against what they stand for, of which a small part is needed
-NO_DEPS_test := nerfstudio==1.1.5 nerfacc==0.5.2 gsplat==1.5.3 torch_efficient_distloss==0.1.3
+NO_DEPS_test := nerfstudio==1.1.5 nerfacc==0.5.2 torch_efficient_distloss==0.1.3
 NO_DEPS_bench := torch_efficient_distloss==0.1.3

@@ -433,13 +433,24 @@ class TestCommandLine:
 
 
 class TestView:
-    def test_serves_a_page_with_the_gaussians(self):
-        server = view.serve(gaussians(), "127.0.0.1", 8123)
+    def test_serves_a_page_where_the_first_photograph_was_taken(self, finished, ball):
+        path = finished / "splats.ply"
+        server = view.serve(read_ply(path), "127.0.0.1", 8123, view._first_camera(path))
         try:
             page = urllib.request.urlopen(f"http://127.0.0.1:{server.get_port()}").read()
             assert b"<html" in page
+            pose, start = scenes.load_scene(ball).poses[0], server.initial_camera
+            assert start.position == pytest.approx(pose[:, 3].numpy(), abs=1e-5)
+            towards = (start.look_at - start.position) / np.linalg.norm(
+                start.look_at - start.position
+            )
+            assert towards == pytest.approx(-pose[:, 2].numpy(), abs=1e-5)
         finally:
             server.stop()
 
-    def test_a_file_that_is_not_there_is_one_line(self, capfd, tmp_path):
+    def test_bad_files_are_one_line(self, capfd, tmp_path):
         assert "nowhere.ply" in rejected(capfd, "view", tmp_path / "nowhere.ply")
+        write_ply(tmp_path / "a.ply", gaussians())
+        for damage in ("", "[]", "[{}]", "{}"):
+            (tmp_path / "cameras.json").write_text(damage)
+            assert "must list cameras" in rejected(capfd, "view", tmp_path / "a.ply")

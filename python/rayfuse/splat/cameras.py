@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from rayfuse.splat.gaussians import Camera
 from rayfuse.splat.sweep import sweep
+from rayfuse.train.run import write_json
 from rayfuse.train.scene import Scene, box_filter
 
 # of a pixel; float32 has fewer digits far from the middle of a wide photograph
@@ -71,6 +73,18 @@ def cameras(scene: Scene) -> list[Camera]:
         viewmat = torch.linalg.inv(to_world @ flip)
         result.append(Camera(viewmat.to(scene.poses), K.to(scene.poses), width, height))
     return result
+
+
+def write_cameras(path: Path, names: list[str], cameras: list[Camera]) -> None:
+    """Writes cameras.json as viewers of Gaussians read it: Kerbl et al. (2023)."""
+    entries = []
+    for number, (name, camera) in enumerate(zip(names, cameras, strict=True)):
+        to_world = torch.linalg.inv(camera.viewmat.double()).cpu()
+        entry = dict(id=number, img_name=name, width=camera.width, height=camera.height)
+        entry |= dict(position=to_world[:3, 3].tolist(), rotation=to_world[:3, :3].tolist())
+        entry |= dict(fx=camera.K[0, 0].item(), fy=camera.K[1, 1].item())
+        entries.append(entry)
+    write_json(path, entries)
 
 
 def starting_points(scene: Scene, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -239,6 +239,7 @@ def splat(config: SplatConfig, console: Console | None = None) -> int:
         return 130
     exported = run_dir / "splats.ply"
     write_ply(exported, trainer.gaussians)
+    scene_cameras.write_cameras(run_dir / "cameras.json", scene.names, trainer.cameras)
 
     began = time.perf_counter()
     with console.status("Rendering what was held out"):

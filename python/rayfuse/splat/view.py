@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import time
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import tyro
 import viser
 
 import rayfuse
 from rayfuse.splat.gaussians import FLAT_HARMONIC, Gaussians, read_ply
+from rayfuse.train import InputError
 
 
 @dataclass
 class ViewConfig:
-    """Look at Gaussian splats in a browser. Colours are those of the harmonic of degree 0."""
+    """Look at Gaussian splats in a browser.
+
+    Colours are those of the harmonic of degree 0. The first camera of cameras.json, if there is one
+    beside the .ply, is where the view begins.
+    """
 
     ply: tyro.conf.Positional[Path]
     """The standard .ply of Gaussians, as `rayfuse splat` writes it."""
@@ -34,16 +42,20 @@ def parse(arguments: Sequence[str]) -> ViewConfig:
 
 def view(config: ViewConfig) -> int:
     """Serves until Ctrl-C."""
-    serve(read_ply(config.ply), config.host, config.port)
-    while True:
-        time.sleep(3600)
+    serve(read_ply(config.ply), config.host, config.port, _first_camera(config.ply)).sleep_forever()
+    return 0
 
 
-def serve(gaussians: Gaussians, host: str, port: int) -> viser.ViserServer:
-    """A server that shows them."""
+def serve(
+    gaussians: Gaussians, host: str, port: int, camera: dict[str, Any] | None = None
+) -> viser.ViserServer:
+    """A server that shows them.
+
+    Args:
+        camera: an entry of cameras.json, for where the view begins.
+    """
     server = viser.ViserServer(host, port)
-    # photographs are taken with y down, so that the world of most scenes is too
-    server.scene.set_up_direction("+y")
+    server.scene.set_background_image(np.zeros((1, 1, 3), np.uint8))
     covariances = rayfuse.splat_covariances(gaussians.quats, gaussians.scales.exp())
     server.scene.add_gaussian_splats(
         "/splats",
@@ -52,4 +64,23 @@ def serve(gaussians: Gaussians, host: str, port: int) -> viser.ViserServer:
         rgbs=(gaussians.sh0[:, 0] * FLAT_HARMONIC + 0.5).clamp(0, 1).numpy(),
         opacities=torch.sigmoid(gaussians.opacities)[:, None].numpy(),
     )
+    if camera is not None:
+        position, (_, down, ahead) = np.array(camera["position"]), np.array(camera["rotation"]).T
+        # what is seen is about as far as the Gaussians are
+        distance = np.median((gaussians.means.numpy() - position) @ ahead)
+        server.scene.set_up_direction(tuple(-down))
+        server.initial_camera.position = position
+        server.initial_camera.look_at = position + distance * ahead
+        server.initial_camera.fov = 2 * math.atan(0.5 * camera["height"] / camera["fy"])
     return server
+
+
+def _first_camera(ply: Path) -> dict[str, Any] | None:
+    path = ply.with_name("cameras.json")
+    if not path.is_file():
+        return None
+    try:
+        camera = json.loads(path.read_text(encoding="utf-8"))[0]
+        return {key: camera[key] for key in ("position", "rotation", "height", "fy")}
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} must list cameras, got {error}") from error
