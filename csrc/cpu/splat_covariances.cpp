@@ -2,7 +2,7 @@
 // one by them. One thread owns kLanes splats at a time, a splat a lane.
 // Backward, with G the gradient plus its transpose and B = R^T G R: d_e_j = B_jj e_j, and turning
 // about the splat's own axes x, y, z adds B_yz (e_y^2 - e_z^2), ... to the loss. docs/splats.md
-#include "columns.h"
+#include "rows.h"
 #include "triples.h"
 #include "../math/splat_covariances.h"
 
