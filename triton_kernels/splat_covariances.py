@@ -123,9 +123,9 @@ def splat_covariances_bwd_kernel(
         for i in tl.static_range(9):
             g = g + (d[i] + d[i % 3 * 3 + i // 3],)
     turned = ()
-    for i in tl.static_range(9):
-        row = i // 3 * 3
-        turned = turned + (_product(g[row], g[row + 1], g[row + 2], rotation, i % 3),)
+    for i in tl.static_range(3):
+        for j in tl.static_range(3):
+            turned = turned + (_product(g[3 * i], g[3 * i + 1], g[3 * i + 2], rotation, j),)
     if NEEDS_D_QUATS:
         w, x, y, z = q
         a = _along(rotation, turned, 1, 2) * ((e[1] - e[2]) * (e[1] + e[2]))

@@ -63,7 +63,7 @@ struct Splat {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kSplats)
+__global__ void __launch_bounds__(kSplats, 8)
     splat_covariances_fwd_kernel(int64_t R, bool inverse, bool triu,
                                  const T* quats,               // [R, 4]
                                  const T* scales,              // [R, 3]
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kSplats)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSplats)
+__global__ void __launch_bounds__(kSplats, 8)
     splat_covariances_bwd_kernel(int64_t R, bool inverse, bool triu,
                                  const accumulator<T>* d_covariances,  // [R, 6 or 9]
                                  const T* quats,                       // [R, 4]
