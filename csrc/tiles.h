@@ -13,15 +13,16 @@ using MaybeTensor = std::optional<Tensor>;
 // The tensors and scalars of a call.
 struct TileCall {
   const Tensor &means2d, &conics, &colors, &opacities, &tile_offsets, &flatten_ids;
-  const MaybeTensor &depths, &background, &masks;
+  const MaybeTensor &depths, &background, &masks, &absgrad;
   int64_t W, H, size;
   double max_alpha, min_alpha, min_transmittance, center;
   bool stop_at_min;
 
   int64_t images() const { return tile_offsets.size(0); }
 
+  // Of a forward, or of a backward that needs these gradients.
   template <class T>
-  Scene<T> scene() const {
+  Scene<T> scene(int64_t needs = 0) const {
     using A = accumulator<T>;
     Scene<T> scene = {};
     scene.means2d = data<A>(means2d);
@@ -42,6 +43,7 @@ struct TileCall {
     scene.H = H;
     scene.W = W;
     scene.size = size;
+    scene.absolute = absgrad && needs >> 6 & 1;
     scene.background_of_pixels = background && background->size(0) != scene.I;
     scene.max_alpha = static_cast<A>(max_alpha);
     scene.min_alpha = static_cast<A>(min_alpha);
@@ -69,9 +71,9 @@ struct TileOutputs {
   }
 };
 
-// The gradients of the inputs, uninitialised; and scratch for the sums of tiles.
+// The gradients of the inputs, uninitialised; and scratch for that of the background.
 struct TileGradients {
-  Tensor means2d, conics, colors, opacities, depths, background, partial, background_of_tiles;
+  Tensor means2d, conics, colors, opacities, depths, background, absgrad, background_of_tiles;
 
   TileGradients(const TileCall& call, int64_t needs)
       : means2d(empty_gradient(call.means2d, needs, 0)),
@@ -80,10 +82,7 @@ struct TileGradients {
         opacities(empty_gradient(call.opacities, needs, 3)),
         depths(empty_gradient(call.depths, call.means2d, needs, 4)),
         background(empty_gradient(call.background, call.means2d, needs, 5)),
-        partial(empty(
-            call.means2d,
-            {call.flatten_ids.size(0), kMoments + call.colors.size(1) + call.depths.has_value()},
-            dtype_of(call.means2d))),
+        absgrad(empty_gradient(call.absgrad, call.means2d, needs, 6)),
         background_of_tiles(
             empty(call.means2d,
                   {sums_background(call) ? call.tile_offsets.numel() : 0, call.colors.size(1)},
@@ -95,11 +94,11 @@ struct TileGradients {
   template <class T>
   Outgoing<T> outgoing() const {
     using A = accumulator<T>;
-    return {mutable_data<A>(means2d), mutable_data<A>(conics), mutable_data<T>(colors),
-            mutable_data<A>(opacities), mutable_data<A>(depths)};
+    return {mutable_data<A>(means2d),   mutable_data<A>(conics), mutable_data<T>(colors),
+            mutable_data<A>(opacities), mutable_data<A>(depths), mutable_data<A>(absgrad)};
   }
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tensors() const {
-    return {means2d, conics, colors, opacities, depths, background};
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tensors() const {
+    return {means2d, conics, colors, opacities, depths, background, absgrad};
   }
 };
 

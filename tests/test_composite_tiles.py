@@ -79,7 +79,8 @@ class TestCompositeTiles(FullTiles):
     sizes = tuple({"N": N, "D": D, "Y": 1, "X": 1} for N, D in ((0, 3), (4, 0), (12, 5)))
     typical = {"N": 4, "D": 2, "Y": 1, "X": 1}
     leading = (4,)
-    small = dict(tile_size=4, image_width=4, image_height=3)
+    # the gradient of absgrad is not that of what it does
+    small = dict(tile_size=4, image_width=4, image_height=3, absgrad=None)
     variants = (
         small,
         dict(small, preset="inria", min_alpha=0.2, depths=None, masks=None, background=None),
@@ -87,9 +88,9 @@ class TestCompositeTiles(FullTiles):
     # images of 2 x 3 tiles
     wide = {"N": 6, "D": 2, "Y": 2, "X": 3}
     wide_variants = (
-        dict(tile_size=4, image_width=11, image_height=7),
-        dict(tile_size=16, image_width=41, image_height=18, preset="inria", background=None),
-        dict(tile_size=9, image_width=27, image_height=10, preset="gsplat", masks=None),
+        dict(small, image_width=11, image_height=7),
+        dict(small, tile_size=16, image_width=41, image_height=18, preset="inria", background=None),
+        dict(small, tile_size=9, image_width=27, image_height=10, preset="gsplat", masks=None),
     )
 
     def raw(self, args, variant):
@@ -239,6 +240,30 @@ class TestCompositeTiles(FullTiles):
             results.append((*outputs, *grads))
         for ours, right in zip(*results, strict=True):
             torch.testing.assert_close(ours, right)
+
+    def test_absgrad_adds_up_what_each_pixel_adds_to_the_gradient_of_means(
+        self, forced_backend, device
+    ):
+        args = self.inputs((2,), torch.float64, device, **{**self.typical, "N": 6})
+        d_outputs = self.d_outputs(args)
+        with rayfuse.use_backend("ref"):
+            leaves = self.leaves(args, [0])
+            losses = [
+                (y * d_y).flatten(3).sum(-1) if y.dim() > 3 else y * d_y
+                for y, d_y in zip(self.outputs(leaves), d_outputs, strict=True)
+            ]
+            want = sum(
+                torch.autograd.grad(loss, leaves[0], retain_graph=True)[0].abs()
+                for loss in sum(losses).flatten()
+            )
+        leaves = self.leaves(args, [0])
+        # which is not read
+        absgrad = torch.full_like(args[0], torch.nan).requires_grad_()
+        outputs = self.outputs(leaves, {**self.small, "absgrad": absgrad})
+        d_means2d, got = torch.autograd.grad(outputs, [leaves[0], absgrad], d_outputs)
+        torch.testing.assert_close(got, want)
+        assert (got > d_means2d.abs()).any()
+        assert torch.equal(d_means2d, self.gradients(args, d_outputs)[1][0])
 
     def test_lists_in_int32_and_masks_of_bools_are_the_same(self, forced_backend, device):
         args = self.inputs((2,), device=device)

@@ -19,7 +19,7 @@ class TestProjectGaussians(Contract):
     variants = (
         dict(SIZE, covars=None),
         dict(SIZE, quats=None, scales=None, camera_model="ortho"),
-        dict(SIZE, covars=None, opacities=None, eps2d=0.0, near_plane=2.5, radius_clip=9.0),
+        dict(SIZE, covars=None, opacities=None, eps2d=1.0, near_plane=2.5, radius_clip=9.0),
         dict(SIZE, quats=None, scales=None, compensate=True, far_plane=2.5),
     )
 

@@ -49,14 +49,10 @@ class TestSphericalHarmonics(Contract):
     # one splat more and one less than registers have lanes, and channels than a vector of 3
     sizes = tuple(
         dict(zip("CNKD", sizes, strict=True))
-        for sizes in ((2, 0, 25, 3), (1, 9, 25, 3), (2, 1, 26, 1), (3, 7, 25, 5))
+        for sizes in ((2, 0, 25, 3), (2, 9, 25, 3), (1, 1, 26, 1))
     )
-    typical = {"C": 2, "N": 3, "K": 26, "D": 2}
-    variants = (
-        dict(degree=3, masks=None),
-        *(dict(degree=degree) for degree in (0, 1, 2)),
-        dict(degree=4),
-    )
+    typical = {"C": 1, "N": 2, "K": 25, "D": 2}
+    variants = (dict(degree=3, masks=None), dict(degree=4))
     gpu_sizes = ({"C": 1, "N": 1024, "K": 16, "D": 3}, {"C": 2, "N": 100, "K": 25, "D": 64})
 
     def test_harmonics_are_those_of_plenoctrees(self, forced_backend, device):
@@ -96,9 +92,12 @@ class TestSphericalHarmonics(Contract):
         args = self.inputs((), device=device, C=2, N=N, K=16, D=3)
         self.assert_as_right_as_torch(args, variant=dict(degree=3))
 
-    def test_many_channels_are_as_right_as_torch(self, forced_backend, device):
-        args = self.inputs((), device=device, C=2, N=3, K=9, D=70)
-        self.assert_as_right_as_torch(args, variant=dict(degree=2))
+    @pytest.mark.parametrize(("degree", "D"), [(0, 3), (0, 5), (1, 0), (2, 7), (2, 70)], ids=str)
+    def test_other_degrees_and_channels_are_as_right_as_torch(
+        self, forced_backend, device, degree, D
+    ):
+        args = self.inputs((), device=device, C=2, N=3, K=9, D=D)
+        self.assert_as_right_as_torch(args, variant=dict(degree=degree))
 
     def test_length_of_a_direction_does_not_count(self, forced_backend, device):
         dirs, coeffs, _ = self.inputs((), torch.float64, device)
@@ -116,13 +115,13 @@ class TestSphericalHarmonics(Contract):
         self, forced_backend, device, length
     ):
         dirs, coeffs, masks = self.inputs((), device=device)
-        dirs[1, 2] = torch.tensor([length, 0.0, 0.0], device=device)
+        dirs[0, 1] = torch.tensor([length, 0.0, 0.0], device=device)
         outputs, (d_dirs, d_coeffs) = self.gradients([dirs, coeffs, masks])
         Y = harmonics_of_plenoctrees(*torch.zeros(3, dtype=torch.float64))[:16].float()
         # where z = 0, x^2 + y^2 is 0 too: of l = 2 the others write 1 - z^2 for it
         Y[6] = -0.31539156525252005
-        torch.testing.assert_close(outputs[0][1, 2].cpu(), Y @ coeffs[2, :16].cpu())
-        assert (d_dirs[1, 2] == 0).all() and d_coeffs.isfinite().all()
+        torch.testing.assert_close(outputs[0][0, 1].cpu(), Y @ coeffs[1, :16].cpu())
+        assert (d_dirs[0, 1] == 0).all() and d_coeffs.isfinite().all()
 
     # ---- what counts
 

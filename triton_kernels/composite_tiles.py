@@ -197,7 +197,7 @@ def _image(pixel, exists, c, D):
 
 @triton.jit
 def composite_tiles_bwd_kernel(
-    partial_ptr,  # [M, 6 + C]
+    partial_ptr,  # [M, MOMENTS + C]
     kept_ptr,  # [M // BLOCK_K + tiles, PIXELS]
     of_tiles_ptr,  # [tiles, D]
     d_background_ptr,  # [I, H, W, D]
@@ -216,8 +216,8 @@ def composite_tiles_bwd_kernel(
     masks_ptr,  # [I, Y, X]
     P, D, Y, X, M, H, W, TILES,
     SIZE: tl.constexpr, HAS_DEPTHS: tl.constexpr, HAS_MASKS: tl.constexpr,
-    BACKGROUND: tl.constexpr, NEEDS_D_BACKGROUND: tl.constexpr, PIXELS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BACKGROUND: tl.constexpr, NEEDS_D_BACKGROUND: tl.constexpr, MOMENTS: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = means_ptr.dtype.element_ty
     t = tl.program_id(0).to(tl.int64)
@@ -227,7 +227,7 @@ def composite_tiles_bwd_kernel(
     image, pixel, column, row, exists = _pixels(t, Y, X, H, W, SIZE, PIXELS)
     x, y = column.to(A) + center, row.to(A) + center
     C = D + HAS_DEPTHS
-    width = 6 + C
+    width = MOMENTS + C
     # negative in pixels that have ended
     kept_ptr += (begin // BLOCK_K + t) * PIXELS + tl.arange(0, PIXELS)
 
@@ -298,7 +298,7 @@ def composite_tiles_bwd_kernel(
             shade += tl.sum(_finite(color)[:, :, None] * d_color[None, :, :], 1)
             d_sum = tl.sum(weight[:, None, :] * d_color[None, :, :], 2)
             stored = listed[:, None] & (c < C)[None, :]
-            tl.store(row_ptrs[:, None] + 6 + c[None, :], d_sum, mask=stored)
+            tl.store(row_ptrs[:, None] + MOMENTS + c[None, :], d_sum, mask=stored)
         counted = tl.where(weight > 0, alpha, 0.0)
         through = tl.cumprod(1 - counted, 0)
         own = counted * _moved(through, -1, 1.0) * shade
@@ -316,6 +316,12 @@ def composite_tiles_bwd_kernel(
         tl.store(row_ptrs + 3, tl.sum(h_y, 1), mask=listed)
         tl.store(row_ptrs + 4, tl.sum(h_x * dy, 1), mask=listed)
         tl.store(row_ptrs + 5, tl.sum(h_y * dy, 1), mask=listed)
+        if MOMENTS > 6:
+            a = _finite(tl.load(conics_ptr + 3 * g, mask=listed, other=0.0))[:, None]
+            b = _finite(tl.load(conics_ptr + 3 * g + 1, mask=listed, other=0.0))[:, None]
+            c = _finite(tl.load(conics_ptr + 3 * g + 2, mask=listed, other=0.0))[:, None]
+            tl.store(row_ptrs + 6, tl.sum(tl.abs(a * h_x + b * h_y), 1), mask=listed)
+            tl.store(row_ptrs + 7, tl.sum(tl.abs(b * h_x + c * h_y), 1), mask=listed)
 
 
 @triton.jit
@@ -330,10 +336,10 @@ def _d_channels(d_image_ptr, d_distance, pixel, exists, c, D, HAS_DEPTHS: tl.con
 
 @triton.jit
 def composite_tiles_bwd_splats_kernel(
-    sums_ptr,  # [P, 6 + C]
+    sums_ptr,  # [P, width]
     starts_ptr,  # [P+1]
     places_ptr,  # [M]
-    partial_ptr,  # [M, 6 + C]
+    partial_ptr,  # [M, width]
     width,
     BLOCK: tl.constexpr,
 ):
@@ -361,6 +367,7 @@ class _Launch:
         depths: Tensor | None,
         background: Tensor | None,
         masks: Tensor | None,
+        absgrad: Tensor | None,
         width: int,
         height: int,
         size: int,
@@ -425,7 +432,7 @@ class _Launch:
 
 def fwd(means2d: Tensor, *args: Any) -> tuple[Tensor, ...]:
     launch = _Launch(means2d, *args)
-    width, height = args[8:10]
+    width, height = args[9:11]
     outputs = launch.outputs(means2d, height, width)
     if launch.tiles:
         grid = launch.tiles, launch.chunks
@@ -441,10 +448,12 @@ def bwd(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     *args, needs = rest
-    conics, colors, opacities, _, flatten_ids, depths, background = args[:7]
+    conics, colors, opacities, _, flatten_ids, depths, background, _, absgrad = args[:9]
     launch = _Launch(means2d, *args)
-    width, height = args[8:10]
-    P, M, W = len(means2d), len(flatten_ids), _MOMENTS + launch.C
+    width, height = args[9:11]
+    absolute = bool(needs & 64) and absgrad is not None
+    moments = _MOMENTS + 2 * absolute
+    P, M, W = len(means2d), len(flatten_ids), moments + launch.C
     shapes = launch.outputs(means2d.to("meta"), height, width)
     d_outputs = [
         means2d.new_zeros(like.shape) if d_y is None else d_y
@@ -466,6 +475,7 @@ def bwd(
             *d_outputs,
             *launch.arguments,
             NEEDS_D_BACKGROUND=bool(needs & 32) and background is not None,
+            MOMENTS=moments,
             **launch.options,
         )
     if of_images and needs & 32:
@@ -485,9 +495,10 @@ def bwd(
     grads = (
         torch.stack([-(a * h_x + b * h_y), -(b * h_x + c * h_y)], 1),
         torch.stack([-0.5 * h_xx, -h_xy, -0.5 * h_yy], 1),
-        sums[:, _MOMENTS : _MOMENTS + launch.D].to(colors.dtype),
+        sums[:, moments : moments + launch.D].to(colors.dtype),
         torch.where(h != 0, h / opacities, 0),
-        absent if depths is None else sums[:, _MOMENTS + launch.D].contiguous(),
+        absent if depths is None else sums[:, moments + launch.D],
     )
     wanted = [x if needs >> i & 1 else x.new_empty(0) for i, x in enumerate(grads)]
-    return *(x.contiguous() for x in wanted), d_background
+    d_absgrad = sums[:, _MOMENTS:moments].contiguous() if absolute else absent
+    return *(x.contiguous() for x in wanted), d_background, d_absgrad

@@ -1,9 +1,8 @@
 # Colours of splats, the formulas of csrc/cpu/spherical_harmonics.cpp: color_d = sum_k Y_k(u)
 # coeff_kd with u = dir / |dir|, of C cameras that share the coefficients. A program owns BLOCK_N
-# splats and goes over BLOCK_D channels at a time, one harmonic after the other.
+# splats and goes over BLOCK_D channels at a time.
 # Backward, with g the gradient of a colour, in the order of cameras: d_coeff_kd = sum_c Y_k g_d,
-# for which directions are normalised anew for each of l and m; then d_dir = (d_u - <d_u, u> u) /
-# |dir| with d_u = sum_k <coeff_k, g> grad Y_k. docs/splats.md
+# then d_dir = (d_u - <d_u, u> u) / |dir| with d_u = sum_k <coeff_k, g> grad Y_k. docs/splats.md
 from __future__ import annotations
 
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from .common import accumulator, empty_gradient
 
 _MOST_CHANNELS = 32
-_TILE = 256
+_TILE = 128
 # of l and m, number l (l + 1) / 2 + m: the factors of z^(l-m), z^(l-m-2), z^(l-m-4)
 _FACTORS = tl.constexpr(
     (
@@ -60,9 +59,55 @@ def _legendre(z, L: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _turned(c, s, x, y):
-    """(c + i s) (x + i y)"""
-    return x * c - y * s, x * s + y * c
+def _powers(x, y, DEGREE: tl.constexpr):
+    """c_m and s_m of (x + i y)^m = c_m + i s_m."""
+    c = x * 0.0 + 1.0
+    s = x * 0.0
+    powers = ((c, s),)
+    for m in tl.static_range(DEGREE):  # noqa: B007
+        c, s = x * c - y * s, x * s + y * c
+        powers = powers + ((c, s),)
+    return powers
+
+
+@triton.jit
+def _harmonics(x, y, z, DEGREE: tl.constexpr):
+    """All Y_k."""
+    powers = _powers(x, y, DEGREE)
+    found = ()
+    for l in tl.static_range(DEGREE + 1):
+        for i in tl.static_range(2 * l + 1):
+            if i < l:
+                value, _slope = _legendre(z, l, l - i)
+                found = found + (value * powers[l - i][1],)
+            else:
+                value, _slope = _legendre(z, l, i - l)
+                found = found + (value * powers[i - l][0],)
+    return found
+
+
+@triton.jit
+def _add_gradient(d_x, d_y, d_z, x, y, z, d_Y, DEGREE: tl.constexpr):
+    """(d_x, d_y, d_z) and sum_k d_Y_k grad Y_k; c_m and s_m change as m c_(m-1) and m s_(m-1)."""
+    powers = _powers(x, y, DEGREE)
+    for m in tl.static_range(DEGREE + 1):
+        c, s = powers[m]
+        d_c = z * 0.0
+        d_s = z * 0.0
+        for l in tl.static_range(m, DEGREE + 1):
+            value, slope = _legendre(z, l, m)
+            up = d_Y[l * l + l + m]
+            d_z += slope * (c * up)
+            d_c += value * up
+            if m > 0:
+                down = d_Y[l * l + l - m]
+                d_z += slope * (s * down)
+                d_s += value * down
+        if m > 0:
+            before, behind = powers[m - 1]
+            d_x += m * (before * d_c + behind * d_s)
+            d_y += m * (before * d_s - behind * d_c)
+    return d_x, d_y, d_z
 
 
 @triton.jit
@@ -113,23 +158,15 @@ def spherical_harmonics_fwd_kernel(
     coeff_ptrs = (coeffs_ptr + (r * N + n) * K * D)[:, None]
     for camera in range(C):
         at = (r * C + camera) * N + n
-        x, y, z, _, _, seen = _unit(dirs_ptr, masks_ptr, at, exists, HAS_MASKS, A)
+        x, y, z, _length, _nowhere, seen = _unit(dirs_ptr, masks_ptr, at, exists, HAS_MASKS, A)
+        Y = _harmonics(x, y, z, DEGREE)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)[None, :]
             wanted = seen[:, None] & (d < D)
             colors = tl.zeros([BLOCK_N, BLOCK_D], A)
-            c = z * 0.0 + 1.0
-            s = z * 0.0
-            for m in tl.static_range(DEGREE + 1):
-                for l in tl.static_range(m, DEGREE + 1):
-                    value, _ = _legendre(z, l, m)
-                    k = l * l + l
-                    coeff = tl.load(coeff_ptrs + (k + m) * D + d, mask=wanted, other=0.0).to(A)
-                    colors += (value * c)[:, None] * coeff
-                    if m > 0:
-                        coeff = tl.load(coeff_ptrs + (k - m) * D + d, mask=wanted, other=0.0).to(A)
-                        colors += (value * s)[:, None] * coeff
-                c, s = _turned(c, s, x, y)
+            for k in tl.static_range((DEGREE + 1) * (DEGREE + 1)):
+                coeff = tl.load(coeff_ptrs + k * D + d, mask=wanted, other=0.0).to(A)
+                colors += Y[k][:, None] * coeff
             tl.store(colors_ptr + at[:, None] * D + d, colors, mask=exists[:, None] & (d < D))
 
 
@@ -153,6 +190,7 @@ def spherical_harmonics_bwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     A: tl.constexpr = d_colors_ptr.dtype.element_ty
+    HARMONICS: tl.constexpr = (DEGREE + 1) * (DEGREE + 1)
     r, n, exists = _rows(N, BLOCK_N)
     coefficients = ((r * N + n) * K * D)[:, None]
     if NEEDS_D_COEFFS:
@@ -160,26 +198,23 @@ def spherical_harmonics_bwd_kernel(
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)[None, :]
             here = exists[:, None] & (d < D)
-            for m in tl.static_range(DEGREE + 1):
-                for l in tl.static_range(m, DEGREE + 1):
-                    up = tl.zeros([BLOCK_N, BLOCK_D], A)
-                    down = tl.zeros([BLOCK_N, BLOCK_D], A)
-                    for camera in range(C):
-                        at = (r * C + camera) * N + n
-                        x, y, z, _, _, seen = _unit(dirs_ptr, masks_ptr, at, exists, HAS_MASKS, A)
-                        c = z * 0.0 + 1.0
-                        s = z * 0.0
-                        for _ in tl.static_range(m):
-                            c, s = _turned(c, s, x, y)
-                        value, _ = _legendre(z, l, m)
-                        g = _gradients(d_colors_ptr, at, d, D, seen)
-                        up += (value * c)[:, None] * g
-                        down += (value * s)[:, None] * g
-                    k = l * l + l
-                    tl.store(d_coeff_ptrs + (k + m) * D + d, up, mask=here)
-                    if m > 0:
-                        tl.store(d_coeff_ptrs + (k - m) * D + d, down, mask=here)
-            for k in range((DEGREE + 1) * (DEGREE + 1), K):
+            sums = ()
+            for k in tl.static_range(HARMONICS):  # noqa: B007
+                sums = sums + (tl.zeros([BLOCK_N, BLOCK_D], A),)
+            for camera in range(C):
+                at = (r * C + camera) * N + n
+                x, y, z, length, nowhere, seen = _unit(
+                    dirs_ptr, masks_ptr, at, exists, HAS_MASKS, A
+                )
+                Y = _harmonics(x, y, z, DEGREE)
+                g = _gradients(d_colors_ptr, at, d, D, seen)
+                added = ()
+                for k in tl.static_range(HARMONICS):
+                    added = added + (sums[k] + Y[k][:, None] * g,)
+                sums = added
+            for k in tl.static_range(HARMONICS):
+                tl.store(d_coeff_ptrs + k * D + d, sums[k], mask=here)
+            for k in range(HARMONICS, K):
                 tl.store(d_coeff_ptrs + k * D + d, tl.zeros([BLOCK_N, BLOCK_D], A), mask=here)
     if NEEDS_D_DIRS:
         coeff_ptrs = coeffs_ptr + coefficients
@@ -193,29 +228,11 @@ def spherical_harmonics_bwd_kernel(
                 d = start + tl.arange(0, BLOCK_D)[None, :]
                 g = _gradients(d_colors_ptr, at, d, D, seen)
                 wanted = seen[:, None] & (d < D)
-                c_before = z * 0.0
-                s_before = z * 0.0
-                c = z * 0.0 + 1.0
-                s = z * 0.0
-                for m in tl.static_range(DEGREE + 1):
-                    d_c = tl.zeros([BLOCK_N], A)
-                    d_s = tl.zeros([BLOCK_N], A)
-                    for l in tl.static_range(m, DEGREE + 1):
-                        value, slope = _legendre(z, l, m)
-                        k = l * l + l
-                        coeff = tl.load(coeff_ptrs + (k + m) * D + d, mask=wanted, other=0.0)
-                        up = tl.sum(coeff.to(A) * g, 1)
-                        d_z += slope * (c * up)
-                        d_c += value * up
-                        if m > 0:
-                            coeff = tl.load(coeff_ptrs + (k - m) * D + d, mask=wanted, other=0.0)
-                            down = tl.sum(coeff.to(A) * g, 1)
-                            d_z += slope * (s * down)
-                            d_s += value * down
-                    d_x += m * (c_before * d_c + s_before * d_s)
-                    d_y += m * (c_before * d_s - s_before * d_c)
-                    c_before, s_before = c, s
-                    c, s = _turned(c, s, x, y)
+                d_Y = ()
+                for k in tl.static_range(HARMONICS):
+                    coeff = tl.load(coeff_ptrs + k * D + d, mask=wanted, other=0.0).to(A)
+                    d_Y = d_Y + (tl.sum(coeff * g, 1),)
+                d_x, d_y, d_z = _add_gradient(d_x, d_y, d_z, x, y, z, d_Y, DEGREE)
             along = d_x * x + d_y * y + d_z * z
             still = nowhere | (seen == 0)
             to = d_dirs_ptr + 3 * at

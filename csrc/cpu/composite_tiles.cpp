@@ -37,6 +37,14 @@ vec<A> exp2_of_moderate(vec<A> x) {
   return (vec<A>)(bits_of<A>(power) + (bits_of<A>(rounded) << kMantissaBits<A>));
 }
 
+template <class A>
+constexpr A kLog2E = A(0x1.71547652b82fep+0);
+
+template <class A>
+vec<A> magnitude(vec<A> x) {
+  return x < 0 ? -x : x;
+}
+
 // Pixels of a row that are in registers at once.
 constexpr int kRow = 16;
 
@@ -156,10 +164,7 @@ class Tile {
       }
       if (ended == kAllLanes<A>) count_ = i + 1;
     }
-    transmittance = Pixels::each([&](int p) {
-      const vec<A> t = passing.part[p];
-      return t < 0 ? -t : t;
-    });
+    transmittance = Pixels::each([&](int p) { return magnitude<A>(passing.part[p]); });
   }
 
   // Sums of `width` channels from d on, weighted.
@@ -184,7 +189,6 @@ class Tile {
 
  private:
   void gather(int64_t k) {
-    constexpr A kLog2E = A(0x1.71547652b82fep+0);
     const int64_t id = scene.ids[begin + k];
     const A *mean = scene.means2d + 2 * id, *conic = scene.conics + 3 * id;
     const A opacity = scene.opacities[id];
@@ -202,9 +206,9 @@ class Tile {
     const bool seen = nothing == 0 && opacity >= scene.min_alpha;
     splats_[k] = {mean[0],
                   mean[1],
-                  -kLog2E / 2 * conic[0],
-                  -kLog2E * conic[1],
-                  -kLog2E / 2 * conic[2],
+                  -kLog2E<A> / 2 * conic[0],
+                  -kLog2E<A> * conic[1],
+                  -kLog2E<A> / 2 * conic[2],
                   seen ? std::log2(opacity) : -std::numeric_limits<A>::infinity()};
   }
 
@@ -332,13 +336,13 @@ struct RowGradients {
 template <class T>
 RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene,
                               const Incoming<accumulator<T>>& d_outputs,
-                              accumulator<T>* partial,         // [M, kMoments + C]
+                              accumulator<T>* partial,         // [M, sums]
                               accumulator<T>* d_background) {  // [tiles, D], [I, H, W, D] or null
   using A = accumulator<T>;
   using Pixels = Row<A>;
   Tile<T> tile(scene);
   RowGradients<T> row;
-  const int64_t C = tile.C, width = kMoments + C;
+  const int64_t C = tile.C, moments = scene.moments(), width = scene.sums();
   std::vector<vec<A>> sums;
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
@@ -359,20 +363,22 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
         vec<A>* const sum = &sums[tile.place(i) * width];
         Pixels shade = {};
         for (int64_t c = 0; c < C; ++c) {
-          vec<A> d_color = sum[kMoments + c];
+          vec<A> d_color = sum[moments + c];
           for (int p = 0; p < Pixels::kParts; ++p) {
             const vec<A> g_c = load(g + c * kRow + p * kLanes<A>);
             shade.part[p] += color[c] * g_c;
             d_color += w.part[p] * g_c;
           }
-          sum[kMoments + c] = d_color;
+          sum[moments + c] = d_color;
         }
         vec<A> h = {}, h_x = {}, h_xx = {};
+        Pixels each;
         for (int p = 0; p < Pixels::kParts; ++p) {
           const vec<A> alpha = tile.alpha[i].part[p], excess = shade.part[p] - behind.part[p];
           behind.part[p] += alpha * excess;
           const vec<A> own = alpha < scene.max_alpha ? w.part[p] * excess : vec<A>{};
           const vec<A> dx = s.x - tile.pixel_x.part[p];
+          each.part[p] = own;
           h += own;
           h_x += own * dx;
           h_xx += own * dx * dx;
@@ -383,6 +389,12 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
         sum[3] += dy * h;
         sum[4] += dy * h_x;
         sum[5] += dy * dy * h;
+        if (!scene.absolute) continue;
+        for (int p = 0; p < Pixels::kParts; ++p) {
+          const vec<A> dx = s.x - tile.pixel_x.part[p];
+          sum[kMoments] += magnitude<A>(each.part[p] * (2 * s.a * dx + s.b * dy) / kLog2E<A>);
+          sum[kMoments + 1] += magnitude<A>(each.part[p] * (s.b * dx + 2 * s.c * dy) / kLog2E<A>);
+        }
       }
     }
     A* const out = partial + tile.begin * width;
@@ -395,10 +407,10 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
 template <class T>
 RAYFUSE_KERNEL void add_up(int64_t first, int64_t last, const Scene<T>& scene,
                            const int64_t* starts, const int64_t* places,
-                           const accumulator<T>* partial,  // [M, kMoments + C]
+                           const accumulator<T>* partial,  // [M, sums]
                            const Outgoing<T>& out) {
   using A = accumulator<T>;
-  const int64_t D = scene.D, width = kMoments + scene.channels();
+  const int64_t D = scene.D, moments = scene.moments(), width = scene.sums();
   std::vector<A> sum(width);
   for (int64_t p = first; p < last; ++p) {
     std::fill(sum.begin(), sum.end(), A(0));
@@ -408,9 +420,10 @@ RAYFUSE_KERNEL void add_up(int64_t first, int64_t last, const Scene<T>& scene,
     }
     out.write(scene, p, starts[p] < starts[p + 1], sum[0], sum[1], sum[2], sum[3], sum[4], sum[5]);
     if (out.colors) {
-      for (int64_t d = 0; d < D; ++d) out.colors[p * D + d] = narrow<T>(sum[kMoments + d]);
+      for (int64_t d = 0; d < D; ++d) out.colors[p * D + d] = narrow<T>(sum[moments + d]);
     }
-    if (out.depths) out.depths[p] = sum[kMoments + D];
+    if (out.depths) out.depths[p] = sum[moments + D];
+    if (out.absolute) std::copy_n(&sum[kMoments], 2, out.absolute + 2 * p);
   }
 }
 
@@ -481,15 +494,15 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
                                        const Tensor& colors, const Tensor& opacities,
                                        const Tensor& tile_offsets, const Tensor& flatten_ids,
                                        const MaybeTensor& depths, const MaybeTensor& background,
-                                       const MaybeTensor& masks, int64_t image_width,
-                                       int64_t image_height, int64_t tile_size, double max_alpha,
-                                       double min_alpha, double min_transmittance,
+                                       const MaybeTensor& masks, const MaybeTensor& absgrad,
+                                       int64_t image_width, int64_t image_height, int64_t tile_size,
+                                       double max_alpha, double min_alpha, double min_transmittance,
                                        double pixel_center, bool stop_at_min) {
   check_lists(tile_offsets, flatten_ids, means2d.size(0));
-  const TileCall call{means2d,      conics,     colors,     opacities, tile_offsets,
-                      flatten_ids,  depths,     background, masks,     image_width,
-                      image_height, tile_size,  max_alpha,  min_alpha, min_transmittance,
-                      pixel_center, stop_at_min};
+  const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
+                      flatten_ids,       depths,       background, masks,     absgrad,
+                      image_width,       image_height, tile_size,  max_alpha, min_alpha,
+                      min_transmittance, pixel_center, stop_at_min};
   const TileOutputs out(call);
   dispatch(colors, [&](auto type) {
     using A = accumulator<decltype(type)>;
@@ -503,26 +516,28 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
   return {out.image, out.alpha, out.depth};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const MaybeTensor& d_image, const MaybeTensor& d_alpha, const MaybeTensor& d_depth,
     const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
     const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
-    const MaybeTensor& background, const MaybeTensor& masks, int64_t image_width,
-    int64_t image_height, int64_t tile_size, double max_alpha, double min_alpha,
-    double min_transmittance, double pixel_center, bool stop_at_min, int64_t needs) {
+    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
+    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
+    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min,
+    int64_t needs) {
   check_lists(tile_offsets, flatten_ids, means2d.size(0));
-  const TileCall call{means2d,      conics,     colors,     opacities, tile_offsets,
-                      flatten_ids,  depths,     background, masks,     image_width,
-                      image_height, tile_size,  max_alpha,  min_alpha, min_transmittance,
-                      pixel_center, stop_at_min};
+  const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
+                      flatten_ids,       depths,       background, masks,     absgrad,
+                      image_width,       image_height, tile_size,  max_alpha, min_alpha,
+                      min_transmittance, pixel_center, stop_at_min};
   const TileGradients d(call, needs);
   dispatch(colors, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    const auto scene = call.scene<T>();
+    const auto scene = call.scene<T>(needs);
     const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
     const auto d_inputs = d.outgoing<T>();
-    A* const partial = mutable_data<A>(d.partial);
+    const Tensor sums = empty(means2d, {scene.M, scene.sums()}, dtype_of(means2d));
+    A* const partial = mutable_data<A>(sums);
     A* const d_background = mutable_data<A>(d.background);
     A* const of_tiles = mutable_data<A>(d.background_of_tiles);
     if (d_background) std::fill(d_background, d_background + d.background.numel(), A(0));

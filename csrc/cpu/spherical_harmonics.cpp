@@ -67,15 +67,14 @@ class View {
     nowhere_ = length2 < std::numeric_limits<A>::min() ? broadcast(A(1)) : vec<A>{};
     length = nowhere_ != 0 ? broadcast(A(1)) : square_root(length2);
     x = unless_nowhere(x / length), y = unless_nowhere(y / length), z = unless_nowhere(z / length);
-    with_degree(degree_, [&](auto degree) { harmonics<A, degree>(x, y, z, Y); });
+    harmonics<A>(degree_, x, y, z, Y);
   }
 
   vec<A> selected(vec<A> value) const { return seen_ != 0 ? value : vec<A>{}; }
 
   Triples<A> d_dirs(const vec<A>* d_Y) const {
     vec<A> d_x = {}, d_y = {}, d_z = {};
-    with_degree(degree_,
-                [&](auto degree) { add_gradient<A, degree>(x, y, z, d_Y, d_x, d_y, d_z); });
+    add_gradient<A>(degree_, x, y, z, d_Y, d_x, d_y, d_z);
     const vec<A> along = d_x * x + d_y * y + d_z * z;
     const auto across = [&](vec<A> d, vec<A> u) {
       return selected(unless_nowhere((d - along * u) / length));

@@ -20,6 +20,7 @@ constexpr int kTeam = 16;
 constexpr int kWarps = kBlock / kWarp;
 // Sums of a splat that warps exchange at a time.
 constexpr int kExchanged = 8;
+static_assert(kExchanged >= kMoments + 2);
 
 // A list within flatten_ids and ids of splats, whatever the tensors hold.
 struct List {
@@ -239,13 +240,14 @@ template <class T>
 __global__ void __launch_bounds__(kBlock)
     composite_tiles_bwd_kernel(Scene<T> scene, Incoming<accumulator<T>> d,
                                accumulator<T>* kept,            // [M / kBatch + tiles, threads]
-                               accumulator<T>* partial,         // [M, kMoments + C]
+                               accumulator<T>* partial,         // [M, sums]
                                accumulator<T>* of_tiles,        // [tiles, D] or null
                                accumulator<T>* d_background) {  // [I, H, W, D] or null
   using A = accumulator<T>;
   __shared__ Batch<T> batch;
   __shared__ Exchange<A> exchange;
-  const int64_t C = scene.channels(), D = scene.D, width = kMoments + C;
+  const int64_t C = scene.channels(), D = scene.D;
+  const int64_t moments = scene.moments(), width = scene.sums();
   const unsigned t = blockIdx.x;
   const List list(scene, t);
   const Pixel<T> pixel(scene, t);
@@ -338,9 +340,14 @@ __global__ void __launch_bounds__(kBlock)
       exchange.put(k, 3, h * dy, here);
       exchange.put(k, 4, h * dx * dy, here);
       exchange.put(k, 5, h * dy * dy, here);
+      if (scene.absolute) {
+        const A a = batch.a[k], b = batch.b[k], c = batch.c[k];
+        exchange.put(k, 6, std::abs(h * (a * dx + b * dy)), here);
+        exchange.put(k, 7, std::abs(h * (b * dx + c * dy)), here);
+      }
     }
     A* const rows = partial + first * width;
-    exchange.write(rows, list.n - first, width, 0, kMoments);
+    exchange.write(rows, list.n - first, width, 0, moments);
     for (int64_t c = 0; c < C; c += kExchanged) {
       const int64_t count = min(C - c, int64_t{kExchanged});
       for (int i = 0; i < count; ++i) {
@@ -348,7 +355,7 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) exchange.put(k, i, weight[k] * g, any >> k & 1);
       }
-      exchange.write(rows, list.n - first, width, kMoments + c, count);
+      exchange.write(rows, list.n - first, width, moments + c, count);
     }
   }
 }
@@ -379,7 +386,7 @@ __global__ void __launch_bounds__(kBlock)
   const int lane = threadIdx.x % kWarp;
   const int64_t p = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (p >= scene.P) return;
-  const int64_t D = scene.D, width = kMoments + scene.channels();
+  const int64_t D = scene.D, moments = scene.moments(), width = scene.sums();
   const int64_t begin = lower_bound(sorted, scene.M, p), end = lower_bound(sorted, scene.M, p + 1);
   for (int64_t first = 0; first < width; first += kWarp) {
     const int64_t v = first + lane;
@@ -394,7 +401,8 @@ __global__ void __launch_bounds__(kBlock)
                   moment[5]);
       }
     }
-    const int64_t c = v - kMoments;
+    if (v >= kMoments && v < moments) out.absolute[2 * p + v - kMoments] = sum;
+    const int64_t c = v - moments;
     if (c >= 0 && c < D && out.colors) out.colors[p * D + c] = narrow<T>(sum);
     if (c == D && v < width && out.depths) out.depths[p] = sum;
   }
@@ -450,15 +458,15 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
                                        const Tensor& colors, const Tensor& opacities,
                                        const Tensor& tile_offsets, const Tensor& flatten_ids,
                                        const MaybeTensor& depths, const MaybeTensor& background,
-                                       const MaybeTensor& masks, int64_t image_width,
-                                       int64_t image_height, int64_t tile_size, double max_alpha,
-                                       double min_alpha, double min_transmittance,
+                                       const MaybeTensor& masks, const MaybeTensor& absgrad,
+                                       int64_t image_width, int64_t image_height, int64_t tile_size,
+                                       double max_alpha, double min_alpha, double min_transmittance,
                                        double pixel_center, bool stop_at_min) {
   const Device device(means2d);
-  const TileCall call{means2d,      conics,     colors,     opacities, tile_offsets,
-                      flatten_ids,  depths,     background, masks,     image_width,
-                      image_height, tile_size,  max_alpha,  min_alpha, min_transmittance,
-                      pixel_center, stop_at_min};
+  const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
+                      flatten_ids,       depths,       background, masks,     absgrad,
+                      image_width,       image_height, tile_size,  max_alpha, min_alpha,
+                      min_transmittance, pixel_center, stop_at_min};
   const TileOutputs out(call);
   dispatch(colors, [&](auto type) {
     using T = decltype(type);
@@ -479,30 +487,32 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
   return {out.image, out.alpha, out.depth};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const MaybeTensor& d_image, const MaybeTensor& d_alpha, const MaybeTensor& d_depth,
     const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
     const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
-    const MaybeTensor& background, const MaybeTensor& masks, int64_t image_width,
-    int64_t image_height, int64_t tile_size, double max_alpha, double min_alpha,
-    double min_transmittance, double pixel_center, bool stop_at_min, int64_t needs) {
+    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
+    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
+    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min,
+    int64_t needs) {
   const Device device(means2d);
-  const TileCall call{means2d,      conics,     colors,     opacities, tile_offsets,
-                      flatten_ids,  depths,     background, masks,     image_width,
-                      image_height, tile_size,  max_alpha,  min_alpha, min_transmittance,
-                      pixel_center, stop_at_min};
+  const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
+                      flatten_ids,       depths,       background, masks,     absgrad,
+                      image_width,       image_height, tile_size,  max_alpha, min_alpha,
+                      min_transmittance, pixel_center, stop_at_min};
   const TileGradients d(call, needs);
   if (d.background.numel() && !d_image) zero(d.background);
   const auto [sorted, places] = sort(flatten_ids);
   dispatch(colors, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    const auto scene = call.scene<T>();
+    const auto scene = call.scene<T>(needs);
     const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
     const int64_t tiles = scene.tiles(), ID = scene.I * scene.D;
     const int threads = threads_of(tile_size);
     const Tensor kept = empty(means2d, {scene.M / kBatch + tiles, threads}, dtype_of(means2d));
-    A* const partial = mutable_data<A>(d.partial);
+    const Tensor sums = empty(means2d, {scene.M, scene.sums()}, dtype_of(means2d));
+    A* const partial = mutable_data<A>(sums);
     A* const of_tiles = mutable_data<A>(d.background_of_tiles);
     A* const d_background = mutable_data<A>(d.background);
     launch({tiles, threads, 0, device.stream()}, composite_tiles_bwd_kernel<T>, scene, d_outputs,

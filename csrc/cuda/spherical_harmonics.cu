@@ -182,7 +182,7 @@ __device__ void write_harmonics(const Tile<T, F>& tile, int64_t at) {
   for (int s = threadIdx.x; s < tile.count; s += kThreads) {
     const Unit<A> u(dirs + 3 * s, tile.is_seen(at + s));
     A* const Y = tile.Y + s * tile.all.Y_stride();
-    with_degree(tile.all.degree, [&](auto degree) { harmonics<A, degree>(u.x, u.y, u.z, Y); });
+    harmonics<A>(tile.all.degree, u.x, u.y, u.z, Y);
   }
 }
 
@@ -269,8 +269,7 @@ __device__ void write_d_dirs(Tile<T, F>& tile, const accumulator<T>* d_colors, T
       const Unit<A> u(dirs + 3 * s, seen);
       const A* const d_Y = tile.Y + s * all.Y_stride();
       A d_x = 0, d_y = 0, d_z = 0;
-      with_degree(all.degree,
-                  [&](auto degree) { add_gradient<A, degree>(u.x, u.y, u.z, d_Y, d_x, d_y, d_z); });
+      add_gradient<A>(all.degree, u.x, u.y, u.z, d_Y, d_x, d_y, d_z);
       const A along = d_x * u.x + d_y * u.y + d_z * u.z;
       d_chip[3 * s] = u.somewhere ? (d_x - along * u.x) / u.length : A(0);
       d_chip[3 * s + 1] = u.somewhere ? (d_y - along * u.y) / u.length : A(0);

@@ -13,6 +13,10 @@
 
 namespace rayfuse {
 
+// Sums over the pixels of a tile, of a splat: with h = alpha d_alpha of a pixel, h, h dx, h dx^2,
+// h dy, h dx dy, h dy^2; then, where they are wanted, |h (a dx + b dy)|, |h (b dx + c dy)|.
+constexpr int kMoments = 6;
+
 template <class T>
 struct Scene {
   using A = accumulator<T>;
@@ -28,12 +32,17 @@ struct Scene {
   const int64_t* masks;    // [I, Y, X] or null
   int64_t P, D, I, Y, X, M, H, W, size;
   bool background_of_pixels;
+  // whether the backward wants the sums of |d_means2d|
+  bool absolute;
   // the last is the largest transmittance that ends a pixel
   A max_alpha, min_alpha, center, ending;
 
   RAYFUSE_EVERYWHERE int64_t tiles() const { return I * Y * X; }
   // With the depth.
   RAYFUSE_EVERYWHERE int64_t channels() const { return D + (depths != nullptr); }
+  // Sums that the backward has of a splat: moments, and channels behind them.
+  RAYFUSE_EVERYWHERE int64_t moments() const { return kMoments + (absolute ? 2 : 0); }
+  RAYFUSE_EVERYWHERE int64_t sums() const { return moments() + channels(); }
   RAYFUSE_EVERYWHERE int64_t list_end(int64_t t) const {
     return t + 1 < tiles() ? offsets[t + 1] : M;
   }
@@ -50,10 +59,6 @@ struct Incoming {
   const A* depth;    // [I, H, W]
 };
 
-// Sums over the pixels of a tile, of a splat: with h = alpha d_alpha of a pixel, h, h dx, h dx^2,
-// h dy, h dx dy, h dy^2, and behind them the gradients of its channels.
-constexpr int kMoments = 6;
-
 // The gradients of the splats, null where they are not wanted.
 template <class T>
 struct Outgoing {
@@ -64,9 +69,10 @@ struct Outgoing {
   T* colors;     // [P, D]
   A* opacities;  // [P]
   A* depths;     // [P]
+  A* absolute;   // [P, 2]
 
-  // All but those of the channels of splat p, from its moments; of one that no tile has they are 0,
-  // and its conic may be anything.
+  // Those of splat p from its first kMoments; of one that no tile has they are 0, and its conic may
+  // be anything.
   RAYFUSE_EVERYWHERE void write(const Scene<T>& scene, int64_t p, bool met, A h, A h_x, A h_xx,
                                 A h_y, A h_xy, A h_yy) const {
     const A* const conic = scene.conics + 3 * p;

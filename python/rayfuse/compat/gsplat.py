@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -314,89 +314,19 @@ def rasterize_to_pixels(
         colours [..., H, W, D] and alphas [..., H, W, 1]. With `absgrad` the backward leaves the sum
         over pixels of |gradient of means2d| in `means2d.absgrad`.
     """
-    splats = means2d, conics, colors, opacities
-    composite = functools.partial(
-        ops.composite_tiles,
+    absolute = torch.zeros_like(means2d, requires_grad=True) if absgrad else None
+    if absolute is not None:
+        absolute.register_hook(functools.partial(setattr, means2d, "absgrad"))
+    image = ops.composite_tiles(
+        *(means2d, conics, colors, opacities, isect_offsets, flatten_ids),
         background=backgrounds,
+        masks=masks,
+        absgrad=absolute,
         image_width=image_width,
         image_height=image_height,
+        tile_size=tile_size,
     )
-    lists = isect_offsets, flatten_ids
-    image = composite(*splats, *lists, masks=masks, tile_size=tile_size)
-    rendered = image.colors, image.alpha
-    if absgrad:
-        of_pixels = _PixelLists(*lists, masks, tile_size, image_width, image_height)
-        rendered = _AbsoluteGradient.apply(*rendered, splats, of_pixels, composite)
-    return rendered[0], rendered[1][..., None]
-
-
-class _AbsoluteGradient(torch.autograd.Function):
-    """Passes an image on, and leaves `means2d.absgrad` on the way back.
-
-    Pixels are composited once more, each as a tile with splats of its own, whose gradients are not
-    yet summed over pixels: as much memory as time would take, some pixels after others.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, colors: Tensor, alpha: Tensor, splats: Any, lists: Any, composite: Any
-    ) -> tuple[Tensor, Tensor]:
-        ctx.rest = splats, lists, composite
-        return colors.view_as(colors), alpha.view_as(alpha)
-
-    @staticmethod
-    def backward(ctx: Any, d_colors: Tensor, d_alpha: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        splats, lists, composite = ctx.rest
-        means2d, *rest = (x.detach().reshape(-1, *x.shape[splats[3].dim() :]) for x in splats)
-        total = torch.zeros_like(means2d)
-        for splat, offsets in lists.of_some_pixels():
-            mean = means2d[splat].requires_grad_()
-            places = torch.arange(len(splat), device=splat.device)
-            with torch.enable_grad():
-                image = composite(mean, *(x[splat] for x in rest), offsets, places, tile_size=1)
-            (d_mean,) = torch.autograd.grad(image[:2], mean, [d_colors, d_alpha])
-            total.index_add_(0, splat, d_mean.abs())
-        splats[0].absgrad = total.view(splats[0].shape)
-        return d_colors, d_alpha, None, None, None
-
-
-class _PixelLists:
-    """The list of each pixel, which is that of its tile."""
-
-    # 9 numbers of each and of 3 channels in 150 MB
-    PAIRS_AT_ONCE = 1 << 22
-
-    def __init__(
-        self,
-        offsets: Tensor,
-        ids: Tensor,
-        masks: Tensor | None,
-        tile_size: int,
-        width: int,
-        height: int,
-    ) -> None:
-        lengths = offsets.flatten().diff(append=offsets.new_tensor([len(ids)])).view(offsets.shape)
-        if masks is not None:
-            lengths = lengths * masks
-        y, x = (torch.arange(size, device=ids.device) // tile_size for size in (height, width))
-        self.begin, self.lengths = (v[..., y[:, None], x].long() for v in (offsets, lengths))
-        self.ids = ids
-
-    def of_some_pixels(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Splats, and where the list of each pixel begins in these, of some pixels at a time."""
-        begin, lengths = self.begin.flatten(), self.lengths.flatten()
-        until = lengths.cumsum(0)
-        start = 0
-        while start < len(lengths):
-            before = until[start] - lengths[start]
-            end = int(torch.searchsorted(until, before + self.PAIRS_AT_ONCE, right=True))
-            some = torch.arange(start, max(end, start + 1), device=until.device)
-            first = until[some] - lengths[some] - before
-            owner = some.repeat_interleave(lengths[some])
-            place = torch.arange(len(owner), device=owner.device) - first[owner - start]
-            offsets = (until - lengths - before).clamp(0, len(owner))
-            yield self.ids[begin[owner] + place].long(), offsets.view(self.begin.shape)
-            start = len(some) + start
+    return image.colors, image.alpha[..., None]
 
 
 @torch.no_grad()

@@ -51,6 +51,23 @@ class TileComposite(NamedTuple):
     depth: Tensor  # [..., H, W]
 
 
+class _WithAbsolute(torch.autograd.Function):
+    """x [tiles, pixels, splats]; its gradient also goes to [tiles, splats], summed over pixels as
+    absolute values."""
+
+    @staticmethod
+    def forward(x: Tensor, absolute: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, Tensor]:
+        return d_x, d_x.abs().sum(1)
+
+
 class TileOp(Op):
     """An op on lists of splats per tile: the splats of all images lie end to end, and the size of
     the images is a pair of scalars."""
@@ -177,8 +194,8 @@ class TileOp(Op):
 
 @op(
     "means2d[P, 2] conics[P, 3] colors[P, D] opacities[P] tile_offsets[I, Y, X] flatten_ids[M]"
-    " depths?[P] background?[B, D] masks?[I, Y, X] -> image[I, H, W, D] alpha[I, H, W]"
-    " depth[I, H, W]",
+    " depths?[P] background?[B, D] masks?[I, Y, X] absgrad?[P, 2] -> image[I, H, W, D]"
+    " alpha[I, H, W] depth[I, H, W]",
     domain=dict(
         opacities=unit,
         tile_offsets=_tile_starts,
@@ -203,6 +220,7 @@ def composite_tiles(
     depths: Tensor | None = None,
     background: Tensor | None = None,
     masks: Tensor | None = None,
+    absgrad: Tensor | None = None,
     image_width: int,
     image_height: int,
     tile_size: int = 16,
@@ -237,6 +255,8 @@ def composite_tiles(
         background: [..., D] a colour of each image, [..., H, W, D] of each pixel, or [D] for all;
             None for black.
         masks: [..., th, tw] bool; tiles where it is False are background.
+        absgrad: [..., N, 2], any values; its gradient is that of means2d with the absolute value of
+            what each pixel adds to it, for the densification of gsplat. None for no cost.
         image_width, image_height: W and H in pixels.
         tile_size: width of the square tiles in pixels, up to 16.
         preset: where the constants below come from unless given: `"gsplat15"` (gsplat 1.5.3),
@@ -288,6 +308,8 @@ def composite_tiles(
         return of_lists(x).masked_fill(skipped, 0)
 
     dx, dy = (m[:, None] - p for m, p in zip(of_finite(means2d).unbind(-1), (x, y), strict=True))
+    if absgrad is not None:
+        dx, dy = map(_WithAbsolute.apply, (dx, dy), of_lists(absgrad).unbind(-1))
     a, b, c = (v[:, None] for v in of_finite(conics).unbind(-1))
     sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
     inside = listed[:, None] & (sigma >= 0)

@@ -14,7 +14,9 @@ from . import losses, rays, renderers
 __all__ = ["install", "uninstall"]
 
 _MODULES = ("model_components.losses", "model_components.renderers", "cameras.rays")
-# what was replaced -> how to put it back
+# losses that stand in the place of others
+_losses: dict[Callable, Callable] = {}
+# method that was replaced -> how to put it back
 _undo: dict[str, Callable[[], None]] = {}
 
 
@@ -38,11 +40,13 @@ def install() -> list[str]:
         _replace_losses(theirs[0])
         _replace_renderers(theirs[1])
         _replace_weights(theirs[2].RaySamples)
-    return [*_undo]
+    return [*(function.__name__ for function in _losses), *_undo]
 
 
 def uninstall() -> None:
     """Put back all that `install` replaced."""
+    swap_everywhere(_losses)
+    _losses.clear()
     while _undo:
         _undo.popitem()[1]()
 
@@ -50,9 +54,8 @@ def uninstall() -> None:
 def _replace_losses(module: Any) -> None:
     for name in losses.FUNCTIONS:
         theirs = getattr(module, name)
-        ours = _copy(getattr(losses, name), theirs)
-        swap_everywhere({theirs: ours})
-        _undo[name] = functools.partial(swap_everywhere, {ours: theirs})
+        _losses[_copy(getattr(losses, name), theirs)] = theirs
+    swap_everywhere({theirs: ours for ours, theirs in _losses.items()})
 
 
 def _copy(function: Callable, theirs: Callable) -> Callable:
