@@ -248,6 +248,14 @@ def test_time_goes_to_parts_and_ops_with_their_backend(run_dir):
     assert page.says("cpu") and page.says("ref") and page.says("50.0 ms")
 
 
+def test_ticks_of_a_narrow_range_differ():
+    steps = np.arange(1, 4)
+    curve = {"loss": np.array([0.3094, 0.3087, 0.3081])}
+    svg = report._plot("Loss", report._Log(step=steps), steps, curve, scale="log")["svg"]
+    ticks = [text for text in re.findall(r">([\d.]+)</text>", svg) if text.startswith("0.3")]
+    assert len(ticks) > 1 and len(set(ticks)) == len(ticks)
+
+
 def test_reference_and_fused_are_compared(run_dir):
     page = page_of(run_dir)
     assert page.says("4 steps were made twice from the same seeds")

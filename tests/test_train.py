@@ -738,26 +738,22 @@ class TestTraining:
 
     def test_an_occupancy_grid_trains_too(self, ball, tmp_path):
         run_dir = tmp_path / "run"
-        arguments = ["--preset", "tiny", "--steps", 90, "--compare-steps", 2]
+        arguments = ["--preset", "tiny", "--steps", 70, "--compare-steps", 0]
         for name, value in OCCUPANCY.items():
             arguments += [f"--sampler.{name.replace('_', '-')}", value]
         assert run(ball, *arguments, "--features.channels", 4, "--output", run_dir) == 0
         records = log_of(run_dir)
         assert "interlevel_loss" not in records[0]["losses"] and "proposal" not in records[0]["lr"]
-        for term, share in {"rgb_loss": 0.4, "feature_loss": 0.9}.items():
-            values = [record["losses"][term] for record in records]
-            assert np.mean(values[-10:]) < share * np.mean(values[:10]), term
+        losses = [record["losses"]["rgb_loss"] for record in records]
+        assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
         metrics = [record["metrics"] for record in records]
-        assert metrics[0]["occupied"] == 1 and metrics[-1]["occupied"] < 0.8
-        assert metrics[-1]["samples_per_ray"] < 0.8 * metrics[0]["samples_per_ray"]
+        assert metrics[0]["occupied_share"] == 1 and metrics[-1]["occupied_share"] < 0.8
+        assert metrics[-1]["samples_per_ray"] < 0.5 * metrics[0]["samples_per_ray"]
         ops = {op["op"] for op in json.loads((run_dir / "profile.json").read_text())["ops"]}
         assert {"packed_ray_weights", "packed_composite_rays", "packed_normal_losses"} <= ops
         assert "packed_distortion_loss" in ops and "packed_render_features" in ops
         saved = runs.read_checkpoint(run_dir / "checkpoint.pt", trainer.FORMAT)["model"]
-        assert saved["grid.binaries"].float().mean().item() == metrics[-1]["occupied"]
-        evaluation = json.loads((run_dir / "evaluation.json").read_text())
-        photos = scenes.load_scene(ball).rgb
-        assert evaluation["psnr"] > -10 * math.log10(photos.square().mean().item()) + 1
+        assert saved["grid.binaries"].float().mean().item() == metrics[-1]["occupied_share"]
 
     def test_other_seeds_give_other_runs(self, ball):
         scene = scenes.load_scene(ball)

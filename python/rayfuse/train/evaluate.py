@@ -144,8 +144,10 @@ def _images(
     error = (view.rgb - photo).abs().mean(-1)
     opaque = view.accumulation[..., 0] > 0.5
     known = view.depth[..., 0][opaque] if bool(opaque.any()) else view.depth
-    near, far = (torch.quantile(known.flatten()[::7], q).item() for q in (0.01, 0.99))
-    disparity = (1 / view.depth[..., 0].clamp_min(1e-6) - 1 / far) / max(1 / near - 1 / far, 1e-9)
+    near, far = (max(torch.quantile(known.flatten()[::7], q).item(), 1e-6) for q in (0.01, 0.99))
+    # a ray that met nothing has depth 0, and is farther than all others
+    disparity = torch.where(view.depth[..., 0] > 0, 1 / view.depth[..., 0], 0.0)
+    disparity = (disparity - 1 / far) / max(1 / near - 1 / far, 1e-9)
     images = {
         "photo": photo,
         "render": view.rgb,

@@ -354,7 +354,7 @@ class OccupancyModel(FieldModel):
 
     def metrics(self) -> dict[str, Tensor]:
         occupied = self.grid.binaries.float().mean()
-        return {"samples_per_ray": self.samples_per_ray.clone(), "occupied": occupied}
+        return {"samples_per_ray": self.samples_per_ray.clone(), "occupied_share": occupied}
 
     def rays_per_step(self, most: int) -> int:
         affordable = self.sampler.samples_per_step / max(self.samples_per_ray.item(), 1.0)

@@ -13,7 +13,7 @@ import math
 import re
 import shlex
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -552,9 +552,15 @@ def _plot(
     return {"title": title, "svg": _svg(figure, alt), "alt": alt}
 
 
-def _log_axis(axes: Axes, curves: Iterable[np.ndarray]) -> None:
+def _log_axis(axes: Axes, curves: Collection[np.ndarray]) -> None:
+    least, greatest = min(map(np.nanmin, curves)), max(map(np.nanmax, curves))
+    if least > 0 and greatest < 3 * least:
+        # no room for powers of ten, and rounded numbers between them would repeat
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        return
     # the raw noise may reach far below the trend: the trend sets the range
-    low = min(np.nanmin(values) for values in curves) / 2
+    low = least / 2
     axes.set_yscale("log")
     bottom, top = axes.get_ylim()
     bottom = max(bottom, low)

@@ -167,7 +167,7 @@ def open_folder(run_dir: Path, config: RunConfig, step: int) -> None:
         "rayfuse": rayfuse.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "system": f"{platform.system()} {platform.machine()}, threads: {torch.get_num_threads()}",
     }
     command = " ".join(["rayfuse", *map(shlex.quote, sys.argv[1:])])
     write_json(
