@@ -215,6 +215,8 @@ def _headline(evaluation: dict, profile: dict, log: _Log) -> dict:
         step_ms = _number(profile.get("step_ms"))
         pace = f"{_fixed(step_ms, 1)} ms per step" if math.isfinite(step_ms) else ""
         tiles.append(("Steps", f"{steps:,.0f}", "", pace))
+    if "gaussians" in evaluation:
+        tiles.append(("Gaussians", f"{_number(evaluation['gaussians']):,.0f}", "", ""))
     if "parameters" in evaluation:
         count = _number(evaluation["parameters"])
         tiles.append(("Parameters", *_scaled(count), f"{count:,.0f}" if count >= 1e6 else ""))
@@ -281,7 +283,13 @@ def _views(run_dir: Path, evaluation: dict) -> dict:
     if missing:
         more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
         notes.append(f"Could not be read: {', '.join(missing[:3])}{more}.")
-    return {"shown": [view for _, view in shown], "notes": notes}
+    named = {key for view in views for key in view.get("images") or {}}
+    return {
+        "shown": [view for _, view in shown],
+        "notes": notes,
+        "normals": "normal" in named,
+        "features": any(key not in IMAGES for key in named),
+    }
 
 
 def _view_table(evaluation: dict) -> list[dict] | None:
