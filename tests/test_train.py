@@ -755,6 +755,17 @@ class TestTraining:
         saved = runs.read_checkpoint(run_dir / "checkpoint.pt", trainer.FORMAT)["model"]
         assert saved["grid.binaries"].float().mean().item() == metrics[-1]["occupied_share"]
 
+    def test_rays_may_meet_nothing(self):
+        scene = scenes.load_motorcycle(crop=64)
+        features = extract(scene, FeatureConfig(channels=4))
+        one = trainer.Trainer(tiny(sampler=SamplerConfig(**OCCUPANCY)), scene, features)
+        one.step = 1  # in which the grid is not looked at
+        terms = one.train_step()
+        assert terms.metrics["samples_per_ray"] == 0
+        assert all(loss.isfinite() for loss in terms.losses.values())
+        view = render_view(one.model, one.objective, scene, 0)
+        assert not view.rgb.any() and not view.depth.any()
+
     def test_other_seeds_give_other_runs(self, ball):
         scene = scenes.load_scene(ball)
         made = [trainer.Trainer(tiny(seed=seed), scene, {}) for seed in (0, 0, 1)]

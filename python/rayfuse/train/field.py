@@ -117,13 +117,14 @@ class HashGrid(nn.Module):
             drawn = drawn.bitwise_and_(self.mask).add_(self.origin).flatten().long()
         weights = _corner_products([(1 - f, f) for f in place])
         out = _Interpolate.apply(self.table, self._corners(base), weights, drawn)
-        return out.view(self.levels, len(u), -1).transpose(0, 1).reshape(len(u), -1)
+        levels = out.view(self.levels, len(u), self.channels).transpose(0, 1)
+        return levels.reshape(len(u), self.levels * self.channels)
 
     def pull(self, u: Tensor, d_out: Tensor) -> Tensor:
         """Exact gradient [M, 3] with respect to u of (forward(u) * d_out).sum()."""
         base, place = self._cells(u)
         corners = self._corners(base)
-        d_out = d_out.view(len(u), self.levels, -1).transpose(0, 1)
+        d_out = d_out.view(len(u), self.levels, self.channels).transpose(0, 1)
         gradient = []
         for axis in range(3):
             sides = [(1 - f, f) for f in place]
@@ -272,7 +273,7 @@ class FeatureHead(nn.Module):
     def hidden_layer(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
         """h [..., H] at u[..., 3]. Positions carry no gradient anywhere in this field."""
         hidden = F.relu(self.hidden(self.grid(u.view(-1, 3), generator)))
-        return hidden.view(*u.shape[:-1], -1)
+        return hidden.view(*u.shape[:-1], hidden.shape[-1])
 
     def forward(self, total: Tensor, accumulation: Tensor) -> Tensor:
         """Rendered feature [R, channels] from Σ w h [R, H] and Σ w [R]."""

@@ -19,8 +19,8 @@ from rayfuse.train.field import FeatureHead, Field, FieldConfig, ProposalField
 from rayfuse.train.scene import Rays
 from rayfuse.train.space import Space
 
-# density from which on a cell of the grid is not empty; a new field has 0.37 everywhere, so that it
-# is reached in as many steps
+# density from which on a cell of the grid is not empty; it rises to that in the first steps, as a
+# new field has 0.37 everywhere
 OCCUPIED = 2.0
 GRID_WARMUP = 256
 # opacity from which on a sample is worth its gradient
