@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rayfuse
-from conftest import BACKENDS, device_of
+from conftest import BACKENDS, EMULATED, device_of
 from contract import Contract
 from rayfuse import backend
 from rayfuse.ops.alpha_weights import visibility_mask
@@ -69,6 +69,7 @@ class TestAlphaWeights(Contract):
     @pytest.mark.parametrize("S", [4096, 65536])
     def test_long_rays(self, forced_backend, device, S):
         """S factors are as many roundings; torch multiplies in double on a CPU."""
+        S = min(S, 20_000) if forced_backend in EMULATED else S
         (alpha,) = (x / 1000 for x in self.inputs((2,), device=device, S=S))
         outputs, grads = self.gradients([alpha])
         with rayfuse.use_backend("ref"):
