@@ -64,31 +64,22 @@ struct Rows {
   // stores has to wait until they are in the cache.
   template <int... q>
   vec<A> together(int r, int64_t v, std::integer_sequence<int, q...>) const {
-    using Value = std::remove_const_t<T>;
     if constexpr (sizeof(T) == sizeof(A)) {
       vec<A> x = {};
       (..., (x = with_piece<q>(x, (*this)[q * kRays<A> + r] + v)));
       return x;
     } else {
-      typedef uint64_t pieces __attribute__((vector_size(kLanes<A> * sizeof(T))));
-      pieces bits;
-      (..., (bits[q] = piece((*this)[q * kRays<A> + r] + v)));
-      Value values[kLanes<A>];
-      std::memcpy(values, &bits, sizeof values);
+      std::remove_const_t<T> values[kLanes<A>];
+      (...,
+       std::memcpy(values + q * kRays<A>, (*this)[q * kRays<A> + r] + v, kRays<A> * sizeof(T)));
       return load(values);
     }
-  }
-  static uint64_t piece(const T* p) {
-    uint64_t bits;
-    std::memcpy(&bits, p, sizeof bits);
-    return bits;
   }
   // x with 16 bytes of memory in its 128-bit lane q.
   template <int q>
   static vec<A> with_piece(vec<A> x, const T* p) {
-    typedef A part __attribute__((vector_size(16)));
     constexpr int n = kLanes<A>, k = kRays<A>;
-    part low;
+    decltype(lane128<0>(x)) low;
     std::memcpy(&low, p, sizeof low);
     return [&]<int... i>(std::integer_sequence<int, i...>) {
       const vec<A> wide = __builtin_shufflevector(low, low, (i % k)...);
