@@ -1,11 +1,15 @@
 """composite_tiles beside a scalar loop in C++ and one in numba, as multiples of the time that
-torch.exp takes for as many values as there are pairs of a pixel and a splat in its tile's list."""
+torch.exp takes for as many values as there are pairs of a pixel and a splat in its tile's list.
+
+RAYFUSE_GARDEN=test_garden.npz, of gsplat's assets, adds the points of a real garden.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import math
+import os
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +32,7 @@ TILE = 16
 EXP_VALUES = 1 << 16
 EXP = "torch.exp of all pairs"
 NAMES = ("means2d", "conics", "colors", "opacities", "tile_offsets", "flatten_ids")
+GARDEN = os.environ.get("RAYFUSE_GARDEN")
 
 
 def scene(width: int, height: int, per_tile: int, sigma: float, D: int) -> dict[str, Tensor]:
@@ -42,23 +47,66 @@ def scene(width: int, height: int, per_tile: int, sigma: float, D: int) -> dict[
     cos, sin, (u, v) = angle.cos(), angle.sin(), (1 / s**2).unbind(1)
     conics = [cos**2 * u + sin**2 * v, cos * sin * (u - v), sin**2 * u + cos**2 * v]
     u, v = (s**2).unbind(1)
-    reach = 3 * torch.stack([cos**2 * u + sin**2 * v, sin**2 * u + cos**2 * v], 1).sqrt()
-    first = ((means2d - reach) / TILE).floor().long().clamp(min=0)
-    last = torch.minimum(((means2d + reach) / TILE).ceil().long(), torch.tensor([X, Y]))
-    size = (last - first).clamp(min=0)
-    count = size.prod(1)
-    ids = torch.arange(P).repeat_interleave(count)
-    place = torch.arange(len(ids)) - (count.cumsum(0) - count)[ids]
-    column, row = place % size[ids, 0], place // size[ids, 0]
-    tile, order = ((first[ids, 1] + row) * X + first[ids, 0] + column).sort(stable=True)
-    lengths = torch.bincount(tile, minlength=X * Y)
+    sigmas = torch.stack([cos**2 * u + sin**2 * v, sin**2 * u + cos**2 * v], 1).sqrt()
     values = (
         means2d,
         torch.stack(conics, 1),
         torch.rand(P, D, generator=generator),
         0.02 + 0.5 * torch.rand(P, generator=generator),
-        (lengths.cumsum(0) - lengths).view(1, Y, X),
-        ids[order],
+        *lists(means2d, sigmas, X, Y),
+    )
+    return dict(zip(NAMES, values, strict=True))
+
+
+def lists(means2d: Tensor, sigmas: Tensor, X: int, Y: int) -> tuple[Tensor, Tensor]:
+    """Where the lists of tiles begin, and splats in their order in all tiles within 3 sigma."""
+    first = ((means2d - 3 * sigmas) / TILE).floor().long().clamp(min=0)
+    last = torch.minimum(((means2d + 3 * sigmas) / TILE).ceil().long(), torch.tensor([X, Y]))
+    size = (last - first).clamp(min=0)
+    count = size.prod(1)
+    ids = torch.arange(len(count)).repeat_interleave(count)
+    place = torch.arange(len(ids)) - (count.cumsum(0) - count)[ids]
+    column, row = place % size[ids, 0], place // size[ids, 0]
+    tile, order = ((first[ids, 1] + row) * X + first[ids, 0] + column).sort(stable=True)
+    lengths = torch.bincount(tile, minlength=X * Y)
+    return (lengths.cumsum(0) - lengths).view(1, Y, X), ids[order]
+
+
+@functools.cache
+def garden(width: int, height: int) -> dict[str, Tensor]:
+    """The points within 2 units of the table with gsplat's random shapes and opacities, as the
+    first camera sees them."""
+    data = {name: torch.from_numpy(x) for name, x in np.load(GARDEN or "").items()}
+    means = data["means3d"]
+    inside = (means.abs() <= 2).all(1)
+    generator = torch.Generator().manual_seed(0)
+    P = int(inside.sum())
+    scales = 0.02 * torch.rand(P, 3, generator=generator)
+    axes = torch.linalg.qr(torch.randn(P, 3, 3, generator=generator)).Q * scales[:, None]
+    opacities = torch.rand(P, generator=generator)
+    view = data["viewmats"][0]
+    means = means[inside] @ view[:3, :3].T + view[:3, 3]
+    front = means[:, 2].sort(stable=True).indices
+    front = front[means[front, 2] > 0.01]
+    z, axes = means[front, 2], axes[front]
+    zoom = torch.tensor([width, height]) / torch.stack([data["width"], data["height"]])
+    K = data["Ks"][0][:2] * zoom[:, None]
+    means2d = means[front, :2] / z[:, None] * K.diagonal() + K[:, 2]
+    # far beside the image the projection is not linear in anything that is seen
+    most = 0.65 * torch.tensor([width, height]) / K.diagonal()
+    x, y = (means[front, :2] / z[:, None]).clamp(-most, most).unbind(1)
+    (f_x, f_y), zero = K.diagonal(), torch.zeros_like(z)
+    jacobian = torch.stack([f_x / z, zero, -f_x * x / z, zero, f_y / z, -f_y * y / z], 1)
+    jacobian = jacobian.view(-1, 2, 3)
+    projected = jacobian @ view[:3, :3] @ axes
+    covariance = projected @ projected.mT + 0.3 * torch.eye(2)
+    a, b, c = covariance.inverse().flatten(1)[:, [0, 1, 3]].unbind(1)
+    values = (
+        means2d,
+        torch.stack([a, b, c], 1),
+        (data["colors"][inside] / 255)[front],
+        opacities[front],
+        *lists(means2d, covariance.diagonal(0, 1, 2).sqrt(), -(-width // TILE), -(-height // TILE)),
     )
     return dict(zip(NAMES, values, strict=True))
 
@@ -217,6 +265,7 @@ class BenchCompositeTiles(harness.Bench):
         Workload((640, 480), dict(N=200, S=8, D=3)),
         Workload((640, 480), dict(N=59, S=40, D=3)),
         Workload((640, 480), dict(N=64, S=3, D=64)),
+        *([Workload((648, 420), dict(D=3))] if GARDEN else []),
     )
     directions = ((), NAMES[:4])
     page = "splats"
@@ -225,8 +274,11 @@ class BenchCompositeTiles(harness.Bench):
     test_call_overhead = None
 
     def inputs(self, workload: Workload) -> dict[str, Tensor]:
-        N, S, D = workload.sizes.values()
-        inputs = scene(*workload.leading, N, S, D)
+        inputs = (
+            scene(*workload.leading, *workload.sizes.values())
+            if "N" in workload.sizes
+            else garden(*workload.leading)
+        )
         return {name: x.to(peers.device) for name, x in inputs.items()}
 
     def bytes_moved(self, workload: Workload, wants: Sequence[str]) -> int:
