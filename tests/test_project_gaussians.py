@@ -40,14 +40,17 @@ class TestProjectGaussians(Contract):
 
     # ---- what the contract says of rays, of Gaussians
 
+    # it is culled
+    test_nan_comes_out_as_nan = None
+
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38], ids=str)
-    def test_nan_comes_out_as_nan(self, forced_backend, device, bad):
-        """Not here: a Gaussian that is not finite is culled, as one that no camera sees."""
+    def test_bad_value_stays_in_its_own_ray(self, forced_backend, device, bad):
+        """A Gaussian that is not finite is culled, as one that no camera sees."""
         clean = self.inputs((2,), device=device)
         unseen = [x.clone() for x in clean]
         unseen[0][1, 2, 2] = -1e3
         d_outputs = self.d_outputs(clean)
-        for variant in self.variants:
+        for variant in self.variants[:2] if forced_backend in EMULATED else self.variants:
             want = self.gradients(unseen, d_outputs, variant)
             for i, name in enumerate(self.spec.inputs):
                 inert = name in ("viewmats", "Ks") or variant.get(name, 0) is None
