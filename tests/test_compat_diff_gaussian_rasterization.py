@@ -54,6 +54,9 @@ def gaussians(N=50, width=5, depth=7):
         scales=0.02 + 0.3 * uniform(N, 3),
         rotations=rotations,
     )
+    # one that is next to nothing but for the blur, in front of all others
+    values["means3D"][0] = torch.tensor([0.0, 0, -2])
+    values["scales"][0], values["opacities"][0] = 1e-4, 0.95
     return {name: x.requires_grad_() for name, x in values.items()}
 
 

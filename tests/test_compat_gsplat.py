@@ -192,18 +192,35 @@ def test_projection(gsplat, torch_impl, camera_model, batch):
     close(of_covars, found)
 
 
-@pytest.mark.parametrize("sparse_grad", [False, True])
-def test_packed_projection_is_the_dense_one_where_it_is_seen(gsplat, sparse_grad):
-    s = scene()
+def test_radii_are_those_of_compensated_opacities(gsplat):
+    s = scene(C=1)
+    args = s.means, None, s.quats, s.scales, s.viewmats, s.Ks, W, H
+    *_, compensations = gsplat.fully_fused_projection(*args, calc_compensations=True)
+    found, wanted = (
+        gsplat.fully_fused_projection(*args, **named)[0]
+        for named in (
+            dict(opacities=s.opacities, calc_compensations=True),
+            dict(opacities=s.opacities * compensations[0]),
+        )
+    )
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("sparse_grad", "batch"), [(False, ()), (False, (2,)), (True, ())], ids=str
+)
+def test_packed_projection_is_the_dense_one_where_it_is_seen(gsplat, sparse_grad, batch):
+    s = scene(batch=batch)
     args = s.means, None, s.quats, s.scales, s.viewmats, s.Ks, W, H
     named = dict(calc_compensations=True, opacities=s.opacities, radius_clip=2)
     dense = gsplat.fully_fused_projection(*args, **named)
     packed = gsplat.fully_fused_projection(*args, **named, packed=True, sparse_grad=sparse_grad)
     batches, cameras, gaussians, radii, *values = packed
     seen = (dense[0] > 0).all(-1).nonzero()
-    assert torch.equal(seen, torch.stack([cameras, gaussians], -1))
-    assert not batches.any() and torch.equal(radii, dense[0][cameras, gaussians])
-    at_seen = [x[cameras, gaussians] for x in dense[1:]]
+    ids = ((batches,) if batch else ()) + (cameras, gaussians)
+    assert torch.equal(seen, torch.stack(ids, -1))
+    assert (batch or not batches.any()) and torch.equal(radii, dense[0][ids])
+    at_seen = [x[ids] for x in dense[1:]]
     close(values, at_seen)
     leaves = s.means, s.quats, s.scales
     found = gradients(values, leaves)
@@ -225,21 +242,23 @@ def projected(gsplat, s, **named):
 def test_lists_of_tiles(gsplat, torch_impl, sort):
     s = scene(dtype=torch.float32)
     radii, means2d, depths, *_ = projected(gsplat, s)
-    args = means2d, radii, depths, TILE, X, Y
+    # a power of two, for which another bit of the key is the tile's
+    tiles = 12, 4, 2
+    args = means2d, radii, depths, *tiles
     found = gsplat.isect_tiles(*args, sort=sort)
     wanted = torch_impl._isect_tiles(*args, sort=sort)
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other) and one.dtype == other.dtype
     if sort:
         one, other = (
-            f(found[1], 2, X, Y)
+            f(found[1], 2, *tiles[1:])
             for f in (gsplat.isect_offset_encode, torch_impl._isect_offset_encode)
         )
         assert torch.equal(one, other) and one.dtype == other.dtype
     camera, gaussian = (radii > 0).all(-1).nonzero().unbind(-1)
     packed = gsplat.isect_tiles(
         *(x[camera, gaussian] for x in (means2d, radii, depths)),
-        *(TILE, X, Y, sort),
+        *(*tiles, sort),
         packed=True,
         n_images=2,
         image_ids=camera,

@@ -119,7 +119,7 @@ def intersect_tiles(
     middle, reach_tiles = means2d / tile_size, reach / tile_size
     first, last = (middle - reach_tiles).floor(), (middle + reach_tiles).ceil()
     # no box for what is culled or not finite, whatever else it holds
-    listed = (reach > 0).all(-1) & (first.isfinite() & last.isfinite()).all(-1)
+    listed = (reach > 0).all(-1) & last.isfinite().all(-1)
     grid = first.new_tensor([tile_width, tile_height])
     first, last = (
         x.masked_fill(~listed[:, None], 0).minimum(grid).clamp(min=0).to(integer)
