@@ -5,10 +5,14 @@
 #include "columns.h"
 #include "explog.h"
 #include "rays.h"
-#include "root.h"
+#include "square_root.h"
 
 namespace rayfuse {
 
+template <class A>
+vec<A> root_of(vec<A> x) {
+  return square_root(x);
+}
 // Of x >= 0.
 template <class A>
 vec<A> ceil_of(vec<A> x) {

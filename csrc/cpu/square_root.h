@@ -1,3 +1,4 @@
+// The square root of a vector, rounded once.
 #pragma once
 
 #include <cmath>
