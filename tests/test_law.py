@@ -36,6 +36,7 @@ SHARED = {
     "tests/test_cuda.py",
     "tests/test_simt.py",
     "tests/test_train.py",
+    "tests/test_splat.py",
     "tests/test_objective.py",
     "tests/test_report.py",
     "tests/test_compat_diff_gaussian_rasterization.py",

@@ -1,9 +1,9 @@
 // A Gaussian before a camera, on the CPU and in CUDA: V is a vector of many or a number of type A.
-// With p = R m + t and J = [jx 0 jxz; 0 jy jyz], the rows T of J R give V = T Sigma T^T; conics are
-// the inverse of V + eps2d I. Backward: G, the gradient of V as a symmetric matrix, sums up -P d_P
-// P of the conic P and what the compensation adds; d_Sigma = T^T G T, d_T = 2 G T Sigma, and from
-// d_T those of J, hence of p, and of R. docs/splats.md. The includer has defined root_of<A>,
-// log_of<A> and ceil_of<A> of V.
+// With p = R m + t and J = [jx 0 jxz; 0 jy jyz], V = J R Sigma R^T J^T; conics are the inverse of
+// V + eps2d I. X is J R in the frame of a shape, and W = J R Sigma. Backward: G, the gradient of V
+// as a symmetric matrix, is -P d_P P of the conic P and what the compensation adds; shapes get
+// theirs from N = X^T G X, and d_(J R) = 2 G W gives those of J, hence of p, and of R.
+// docs/splats.md. The includer has defined root_of<A>, log_of<A> and ceil_of<A> of V.
 #pragma once
 
 #include <cstdint>
