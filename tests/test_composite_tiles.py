@@ -73,6 +73,21 @@ class FullTiles(Contract):
         leading = self.leading if leading is None else leading
         return super().inputs((math.prod(leading),), dtype, device, seed, **sizes)
 
+    def raw(self, args, variant):
+        """The arguments of the raw op."""
+        variant = {**(variant or self.variants[0])}
+        preset = TILE_PRESETS[variant.pop("preset", "gsplat15")]
+        return self.spec.raw_arguments(args, **{**preset, **variant})
+
+    def d_outputs(self, args, variant=None, seed=1):
+        _, sizes = self.spec.bind(self.raw(args, variant))
+        generator = torch.Generator().manual_seed(seed)
+        wide = torch.promote_types(args[0].dtype, torch.float32)
+        return [
+            (torch.rand(y.shape((), sizes), generator=generator) + 0.5).to(args[0].device, wide)
+            for y in self.spec.signature.outputs
+        ]
+
 
 class TestCompositeTiles(FullTiles):
     # splats of an image, and their channels
@@ -92,21 +107,6 @@ class TestCompositeTiles(FullTiles):
         dict(small, tile_size=16, image_width=41, image_height=18, preset="inria", background=None),
         dict(small, tile_size=9, image_width=27, image_height=10, preset="gsplat", masks=None),
     )
-
-    def raw(self, args, variant):
-        """The arguments of the raw op."""
-        variant = {**(variant or self.variants[0])}
-        preset = TILE_PRESETS[variant.pop("preset", "gsplat15")]
-        return self.spec.raw_arguments(args, **{**preset, **variant})
-
-    def d_outputs(self, args, variant=None, seed=1):
-        _, sizes = self.spec.bind(self.raw(args, variant))
-        generator = torch.Generator().manual_seed(seed)
-        wide = torch.promote_types(args[0].dtype, torch.float32)
-        return [
-            (torch.rand(y.shape((), sizes), generator=generator) + 0.5).to(args[0].device, wide)
-            for y in self.spec.signature.outputs
-        ]
 
     # ---- the definition
 
