@@ -102,6 +102,8 @@ def test_every_cuda_kernel_moves_rows_128_bits_at_a_time(stem):
     if not any(array.leading for array in getattr(rayfuse, stem).op.signature.inputs):
         pytest.skip("no rows: packed rays begin anywhere")
     for row in gpu_figures.read(stem)["cuda"]["codes"]:
+        if row["kernel"].startswith("project_gaussians_bwd_cameras_kernel"):
+            continue  # it adds up columns: neighbours read neighbours
         assert row["load"] == 128, row
         assert row["store"] == 128 or "_fwd_" in row["kernel"], row
 

@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(kSplats, 8)
   out.store();
 }
 
+// Without a bound half precision spills, and with the same one double does.
 template <class T>
-__global__ void __launch_bounds__(kSplats, 8)
+__global__ void __launch_bounds__(kSplats, sizeof(T) == 8 ? 4 : 8)
     splat_covariances_bwd_kernel(int64_t R, bool inverse, bool triu,
                                  const accumulator<T>* d_covariances,  // [R, 6 or 9]
                                  const T* quats,                       // [R, 4]
