@@ -65,8 +65,12 @@ class FullTiles(Contract):
     gpu_sizes = tuple({"N": 32, "D": D, "Y": 1, "X": 2} for D in (3, 64))
     gpu_spills = {
         "composite_tiles_fwd_kernel": "scalar registers, into vector registers on gfx942; float64"
-        " of many channels misses a few where ptxas stops at 128, for two blocks; half precision of"
-        " few channels 8 bytes on sm_90, where it stops at 64, for four.",
+        " of many channels misses a few where ptxas stops at 128, for two blocks.",
+        **{
+            f"composite_tiles_fwd_kernel<4, {T}>": "8 bytes on sm_90, where ptxas stops at 64"
+            " registers, for four blocks."
+            for T in ("__nv_bfloat16", "__half")
+        },
         "composite_tiles_bwd_kernel": "scalar registers, into vector registers on gfx942.",
     }
 
