@@ -69,7 +69,7 @@ class SplatConfig(RunConfig):
     it, the Motorcycle stereo pair that scikit-image installs is used.
     """
 
-    steps: int = 2000
+    steps: int = 1000
     """Training steps, one photograph each; the learning rates reach their end at the last one."""
     points: Path | None = None
     """A .ply of points, or of Gaussians, to start from, in the scene's frame."""
