@@ -11,6 +11,7 @@ import gsplat
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rayfuse import cli
 from rayfuse.compat import gsplat as compat
@@ -419,6 +420,21 @@ class TestCommandLine:
         line = rejected(capfd, "splat", ball, "--preset", "tiny", option, value)
         assert str(value) in line
         assert list(tmp_path.iterdir()) == []
+
+    def test_bad_scenes_and_points_are_one_line(self, capfd, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        fisheye, empty, points = tmp_path / "fisheye", tmp_path / "empty", tmp_path / "cut.ply"
+        write_scene(fisheye, views=2, side=16, camera_model="OPENCV_FISHEYE")
+        assert "OPENCV_FISHEYE" in rejected(capfd, "splat", fisheye, "--preset", "tiny")
+        write_scene(empty, views=2, side=16)
+        for path in (empty / "images").iterdir():
+            Image.new("RGBA", (16, 16)).save(path)
+        assert "points must be at least 4" in rejected(capfd, "splat", empty, "--preset", "tiny")
+        write_ply(points, gaussians())
+        points.write_bytes(points.read_bytes()[:-10])
+        arguments = ("splat", "--preset", "tiny", "--points", points)
+        assert "must be a whole .ply" in rejected(capfd, *arguments)
+        assert not (tmp_path / "runs").exists()
 
     def test_a_checkpoint_of_the_other_job_is_refused(self, capfd, tmp_path):
         (tmp_path / "run").mkdir()

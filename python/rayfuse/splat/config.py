@@ -95,7 +95,7 @@ PRESETS: dict[str, tuple[str, SplatConfig]] = {
         ),
     ),
     "photos": (
-        "tens of photographs of a tenth of a megapixel in about ten minutes on two cores",
+        "tens of photographs of a tenth of a megapixel in about three minutes on two cores",
         SplatConfig(),
     ),
     "tiny": (
