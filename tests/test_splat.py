@@ -26,6 +26,7 @@ from rayfuse.splat.gaussians import (
     read_points,
     write_ply,
 )
+from rayfuse.splat.sweep import PLANES, sweep
 from rayfuse.train import InputError
 from rayfuse.train import run as runs
 from rayfuse.train import scene as scenes
@@ -148,6 +149,36 @@ class TestCameras:
         trained = scene.poses[scene.train_views, :, 3]
         nearest = torch.cdist(points, trained).amin(1)
         assert nearest.min() > 0 and nearest.max() <= cameras.FARTHEST
+
+
+class TestSweep:
+    def test_finds_the_depth_of_what_others_see_as_well(self):
+        """Five cameras in a row before a slanted wall with a pattern, and one that looks away."""
+        h, w, focal = 48, 64, 60.0
+        K = torch.tensor([[focal, 0, w / 2], [0, focal, h / 2], [0, 0, 1]])
+        y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+        at_one = torch.stack([(x - w / 2) / focal, (y - h / 2) / focal, torch.ones_like(x)], -1)
+        photos, seen_by, depths = [], [], []
+        for number in range(6):
+            viewmat = torch.eye(4)
+            viewmat[0, 3] = -0.1 * number
+            # the wall: z = 2 + x / 2
+            depth = (2 + 0.05 * number) / (1 - 0.5 * at_one[..., 0])
+            u, v = (depth[..., None] * at_one)[..., :2].unbind(-1)
+            u = u + 0.1 * number
+            waves = [(9 * u + 5 * v).sin(), (13 * v - 7 * u).sin(), (17 * u * v + 11 * u).sin()]
+            photos.append(0.5 + 0.5 * torch.stack(waves, -1))
+            if number == 5:
+                viewmat = viewmat * torch.tensor([-1.0, 1, -1, 1])[:, None]
+            seen_by.append(Camera(viewmat, K, w, h))
+            depths.append(depth)
+        found = sweep(torch.stack(photos), seen_by, 1.0, 8.0)
+        assert found[5].isnan().all()
+        known = found[:5].isfinite()
+        assert known.float().mean() > 0.5
+        step = (1 - 1 / 8.0) / (PLANES - 1)
+        error = (1 / found[:5] - 1 / torch.stack(depths[:5]))[known].abs()
+        assert error.median() <= step and error.quantile(0.95) <= 3 * step
 
 
 class TestPicture:
@@ -382,15 +413,27 @@ class TestTraining:
         plys = [(tmp_path / name / "splats.ply").read_bytes() for name in ("whole", "parts")]
         assert plys[0] == plys[1]
 
-    def test_starts_from_points_of_a_file(self, ball, tmp_path):
-        made = gaussians(count=30)
+    @pytest.mark.parametrize("degree", [0, 2])
+    def test_starts_from_the_gaussians_of_a_file(self, ball, tmp_path, degree):
+        made = gaussians(count=30, degree=1)
         write_ply(tmp_path / "points.ply", made)
-        run_dir = tmp_path / "run"
-        arguments = ["--preset", "tiny", "--steps", 2, "--densify.strategy", "none"]
-        arguments += ["--points", tmp_path / "points.ply", "--output", run_dir]
-        assert run(ball, *arguments) == 0
-        exported = read_ply(run_dir / "splats.ply")
-        assert (exported.means - made.means).abs().max() < 1e-2
+        config = tiny(points=tmp_path / "points.ply", sh_degree=degree)
+        start = trainer.Trainer(config, scenes.load_scene(ball)).gaussians
+        made.quats /= made.quats.norm(dim=1, keepdim=True)
+        for name in ("means", "scales", "quats", "opacities", "sh0"):
+            torch.testing.assert_close(getattr(start, name).detach(), getattr(made, name))
+        assert start.degree == degree
+        both = min(start.shN.shape[1], made.shN.shape[1])
+        assert torch.equal(start.shN[:, :both], made.shN[:, :both])
+        assert not start.shN[:, both:].any()
+
+    def test_photographs_stand_in_front_of_the_background(self, ball):
+        scene = scenes.load_scene(ball)
+        made = trainer.Trainer(tiny(), scene)
+        view, white = made.views[0], torch.ones(3)
+        target = made._target(view, white, white)
+        assert torch.equal(target, scene.rgb[view] + (1 - scene.alpha[view])[..., None])
+        assert (target[0, 0] == 1).all()
 
 
 def rejected(capfd, *arguments) -> str:

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from rayfuse.train import InputError, options
-from rayfuse.train.options import RunConfig, require_positive
+from rayfuse.train.options import RunConfig, hint, require_positive
 
 
 @dataclass
@@ -71,10 +71,10 @@ class SplatConfig(RunConfig):
 
     steps: int = 1000
     """Training steps, one photograph each; the learning rates reach their end at the last one."""
-    points: Path | None = None
-    """A .ply of points, or of Gaussians, to start from, in the scene's frame."""
+    points: Annotated[Path | None, hint("PLY", "default: pixels of the photographs")] = None
+    """A .ply of points or of Gaussians to start from, in the scene's frame."""
     first: int = 50_000
-    """How many random points to start from where there is no .ply and no depth."""
+    """How many pixels to lift at the start where there is no .ply and no depth."""
     sh_degree: int = 3
     """Up to which spherical harmonics colours change with the direction, from 0 to 4."""
     sh_every: int = 300

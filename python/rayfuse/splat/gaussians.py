@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,6 +212,18 @@ def read_ply(path: Path) -> Gaussians:
         sh0=sh0[:, None].contiguous(),
         shN=shN.unflatten(1, (3, rest // 3)).mT.contiguous(),
     )
+
+
+def read_start(path: Path, degree: int) -> Gaussians:
+    """The Gaussians of a .ply with harmonics up to a degree, or those of its points, grey where it
+    has no colours."""
+    if "f_dc_0" in (_vertices(path).dtype.names or ()):
+        read = read_ply(path)
+        shN = read.means.new_zeros(len(read.means), (degree + 1) ** 2 - 1, 3)
+        both = min(shN.shape[1], read.shN.shape[1])
+        shN[:, :both] = read.shN[:, :both]
+        return replace(read, shN=shN)
+    return from_points(*read_points(path), degree)
 
 
 def read_points(path: Path) -> tuple[Tensor, Tensor]:

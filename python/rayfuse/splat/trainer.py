@@ -15,7 +15,7 @@ from torch import Tensor
 from rayfuse.compat import gsplat as compat_gsplat
 from rayfuse.splat import cameras as scene_cameras
 from rayfuse.splat.config import PRESETS, SplatConfig, check
-from rayfuse.splat.gaussians import Gaussians, from_points, read_points, write_ply
+from rayfuse.splat.gaussians import Gaussians, from_points, read_start, write_ply
 from rayfuse.train import run
 from rayfuse.train.evaluate import View, evaluate, psnr
 from rayfuse.train.options import to_json
@@ -139,10 +139,9 @@ class Trainer:
 
     def _first(self) -> Gaussians:
         config = self.config
-        if config.points is None:
-            made = scene_cameras.starting_points(self.scene, config.first, self.generator)
-        else:
-            made = read_points(config.points)
+        if config.points is not None:
+            return read_start(config.points, config.sh_degree)
+        made = scene_cameras.starting_points(self.scene, config.first, self.generator)
         return from_points(*made, config.sh_degree)
 
     def _own(self, gaussians: Gaussians) -> None:
