@@ -16,6 +16,7 @@ from PIL import Image
 from rayfuse import cli
 from rayfuse.compat import gsplat as compat
 from rayfuse.splat import cameras, trainer, view
+from rayfuse.splat import sweep as planes
 from rayfuse.splat.config import PRESETS, SplatConfig, parse
 from rayfuse.splat.gaussians import (
     FLAT_HARMONIC,
@@ -26,7 +27,6 @@ from rayfuse.splat.gaussians import (
     read_points,
     write_ply,
 )
-from rayfuse.splat.sweep import PLANES, sweep
 from rayfuse.train import InputError
 from rayfuse.train import run as runs
 from rayfuse.train import scene as scenes
@@ -151,34 +151,48 @@ class TestCameras:
         assert nearest.min() > 0 and nearest.max() <= cameras.FARTHEST
 
 
+def wall() -> tuple[torch.Tensor, list[Camera], torch.Tensor]:
+    """Photographs of five cameras in a row before a slanted wall with a pattern, and of one that
+    looks away; the cameras; and the depth of the wall."""
+    h, w, focal = 48, 64, 60.0
+    K = torch.tensor([[focal, 0, w / 2], [0, focal, h / 2], [0, 0, 1]])
+    y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    at_one = torch.stack([(x - w / 2) / focal, (y - h / 2) / focal, torch.ones_like(x)], -1)
+    photos, seen_by, depths = [], [], []
+    for number in range(6):
+        viewmat = torch.eye(4)
+        viewmat[0, 3] = -0.1 * number
+        if number == 5:
+            viewmat = viewmat * torch.tensor([-1.0, 1, -1, 1])[:, None]
+        # z = 2 + x / 2
+        depth = (2 + 0.05 * number) / (1 - 0.5 * at_one[..., 0])
+        u, v = (depth[..., None] * at_one)[..., :2].unbind(-1)
+        u = u + 0.1 * number
+        waves = [(9 * u + 5 * v).sin(), (13 * v - 7 * u).sin(), (17 * u * v + 11 * u).sin()]
+        photos.append(0.5 + 0.5 * torch.stack(waves, -1))
+        seen_by.append(Camera(viewmat, K, w, h))
+        depths.append(depth)
+    return torch.stack(photos), seen_by, torch.stack(depths)
+
+
 class TestSweep:
     def test_finds_the_depth_of_what_others_see_as_well(self):
-        """Five cameras in a row before a slanted wall with a pattern, and one that looks away."""
-        h, w, focal = 48, 64, 60.0
-        K = torch.tensor([[focal, 0, w / 2], [0, focal, h / 2], [0, 0, 1]])
-        y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
-        at_one = torch.stack([(x - w / 2) / focal, (y - h / 2) / focal, torch.ones_like(x)], -1)
-        photos, seen_by, depths = [], [], []
-        for number in range(6):
-            viewmat = torch.eye(4)
-            viewmat[0, 3] = -0.1 * number
-            # the wall: z = 2 + x / 2
-            depth = (2 + 0.05 * number) / (1 - 0.5 * at_one[..., 0])
-            u, v = (depth[..., None] * at_one)[..., :2].unbind(-1)
-            u = u + 0.1 * number
-            waves = [(9 * u + 5 * v).sin(), (13 * v - 7 * u).sin(), (17 * u * v + 11 * u).sin()]
-            photos.append(0.5 + 0.5 * torch.stack(waves, -1))
-            if number == 5:
-                viewmat = viewmat * torch.tensor([-1.0, 1, -1, 1])[:, None]
-            seen_by.append(Camera(viewmat, K, w, h))
-            depths.append(depth)
-        found = sweep(torch.stack(photos), seen_by, 1.0, 8.0)
+        photos, seen_by, depths = wall()
+        found = planes.sweep(photos, seen_by, 1.0, 8.0)
         assert found[5].isnan().all()
         known = found[:5].isfinite()
         assert known.float().mean() > 0.5
-        step = (1 - 1 / 8.0) / (PLANES - 1)
-        error = (1 / found[:5] - 1 / torch.stack(depths[:5]))[known].abs()
+        step = (1 - 1 / 8.0) / (planes.PLANES - 1)
+        error = (1 / found[:5] - 1 / depths[:5])[known].abs()
         assert error.median() <= step and error.quantile(0.95) <= 3 * step
+
+    def test_drops_what_others_do_not_confirm(self, monkeypatch):
+        photos, seen_by, depths = wall()
+        depths[0, 10:20, 30:40] *= 0.7
+        monkeypatch.setattr(planes, "_find", lambda view, *_: depths[view])
+        found = planes.sweep(photos, seen_by, 1.0, 8.0)[0]
+        assert found[10:20, 30:40].isnan().all()
+        assert found[20:, 30:40].isfinite().all()
 
 
 class TestPicture:
