@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import gsplat_step
 import harness
 import peers
 import rayfuse
@@ -48,67 +49,34 @@ def scene(width: int, height: int, per_tile: int, sigma: float, D: int) -> dict[
     conics = [cos**2 * u + sin**2 * v, cos * sin * (u - v), sin**2 * u + cos**2 * v]
     u, v = (s**2).unbind(1)
     sigmas = torch.stack([cos**2 * u + sin**2 * v, sin**2 * u + cos**2 * v], 1).sqrt()
+    lists = rayfuse.intersect_tiles(
+        *(means2d[None], 3 * sigmas[None], torch.arange(P)[None], TILE, X, Y)
+    )
     values = (
         means2d,
         torch.stack(conics, 1),
         torch.rand(P, D, generator=generator),
         0.02 + 0.5 * torch.rand(P, generator=generator),
-        *lists(means2d, sigmas, X, Y),
+        lists.tile_offsets,
+        lists.flatten_ids,
     )
     return dict(zip(NAMES, values, strict=True))
-
-
-def lists(means2d: Tensor, sigmas: Tensor, X: int, Y: int) -> tuple[Tensor, Tensor]:
-    """Where the lists of tiles begin, and splats in their order in all tiles within 3 sigma."""
-    first = ((means2d - 3 * sigmas) / TILE).floor().long().clamp(min=0)
-    last = torch.minimum(((means2d + 3 * sigmas) / TILE).ceil().long(), torch.tensor([X, Y]))
-    size = (last - first).clamp(min=0)
-    count = size.prod(1)
-    ids = torch.arange(len(count)).repeat_interleave(count)
-    place = torch.arange(len(ids)) - (count.cumsum(0) - count)[ids]
-    column, row = place % size[ids, 0], place // size[ids, 0]
-    tile, order = ((first[ids, 1] + row) * X + first[ids, 0] + column).sort(stable=True)
-    lengths = torch.bincount(tile, minlength=X * Y)
-    return (lengths.cumsum(0) - lengths).view(1, Y, X), ids[order]
 
 
 @functools.cache
-def garden(width: int, height: int) -> dict[str, Tensor]:
-    """The points within 2 units of the table with gsplat's random shapes and opacities, as the
-    first camera sees them."""
-    data = {name: torch.from_numpy(x) for name, x in np.load(GARDEN or "").items()}
-    means = data["means3d"]
-    inside = (means.abs() <= 2).all(1)
-    generator = torch.Generator().manual_seed(0)
-    P = int(inside.sum())
-    scales = 0.02 * torch.rand(P, 3, generator=generator)
-    axes = torch.linalg.qr(torch.randn(P, 3, 3, generator=generator)).Q * scales[:, None]
-    opacities = torch.rand(P, generator=generator)
-    view = data["viewmats"][0]
-    means = means[inside] @ view[:3, :3].T + view[:3, 3]
-    front = means[:, 2].sort(stable=True).indices
-    front = front[means[front, 2] > 0.01]
-    z, axes = means[front, 2], axes[front]
-    zoom = torch.tensor([width, height]) / torch.stack([data["width"], data["height"]])
-    K = data["Ks"][0][:2] * zoom[:, None]
-    means2d = means[front, :2] / z[:, None] * K.diagonal() + K[:, 2]
-    # far beside the image the projection is not linear in anything that is seen
-    most = 0.65 * torch.tensor([width, height]) / K.diagonal()
-    x, y = (means[front, :2] / z[:, None]).clamp(-most, most).unbind(1)
-    (f_x, f_y), zero = K.diagonal(), torch.zeros_like(z)
-    jacobian = torch.stack([f_x / z, zero, -f_x * x / z, zero, f_y / z, -f_y * y / z], 1)
-    jacobian = jacobian.view(-1, 2, 3)
-    projected = jacobian @ view[:3, :3] @ axes
-    covariance = projected @ projected.mT + 0.3 * torch.eye(2)
-    a, b, c = covariance.inverse().flatten(1)[:, [0, 1, 3]].unbind(1)
-    values = (
-        means2d,
-        torch.stack([a, b, c], 1),
-        (data["colors"][inside] / 255)[front],
-        opacities[front],
-        *lists(means2d, covariance.diagonal(0, 1, 2).sqrt(), -(-width // TILE), -(-height // TILE)),
+def garden() -> dict[str, Tensor]:
+    """gsplat's garden as its first camera sees it, with colours of the harmonic of degree 0."""
+    gaussians, (viewmats, Ks, width, height) = gsplat_step.scene(GARDEN or "")
+    colors, opacities = gaussians.pop("colors"), gaussians["opacities"]
+    splats = rayfuse.project_gaussians(
+        gaussians.pop("means"), viewmats, Ks, **gaussians, image_width=width, image_height=height
     )
-    return dict(zip(NAMES, values, strict=True))
+    lists = rayfuse.intersect_tiles(
+        *(splats.means2d, splats.radii, splats.depths, TILE, -(-width // TILE), -(-height // TILE))
+    )
+    colors = rayfuse.spherical_harmonics(torch.ones(len(colors), 3), colors, degree=0) + 0.5
+    values = splats.means2d[0], splats.conics[0], colors, opacities
+    return dict(zip(NAMES, (*values, lists.tile_offsets, lists.flatten_ids), strict=True))
 
 
 class _Tiles(ctypes.Structure):
@@ -277,7 +245,7 @@ class BenchCompositeTiles(harness.Bench):
         inputs = (
             scene(*workload.leading, *workload.sizes.values())
             if "N" in workload.sizes
-            else garden(*workload.leading)
+            else garden()
         )
         return {name: x.to(peers.device) for name, x in inputs.items()}
 
