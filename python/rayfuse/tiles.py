@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from .ops.composite_tiles import LEAST_ALPHA
+
 __all__ = ["TileLists", "intersect_tiles"]
 
 # an ellipse may miss a tile by this much of sigma, or by roundings of its terms, and still be
@@ -39,7 +41,7 @@ def intersect_tiles(
     opacities: Tensor | None = None,
     image_ids: Tensor | None = None,
     images: int | None = None,
-    min_alpha: float = 1 / 255,
+    min_alpha: float = LEAST_ALPHA,
     pixel_center: float = 0.5,
 ) -> TileLists:
     """The splats of each tile, front to back.

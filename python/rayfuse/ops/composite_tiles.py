@@ -19,6 +19,8 @@ TILE_PRESETS: dict[str, dict[str, Any]] = {
     "gsplat": dict(max_alpha=0.99, pixel_center=0.5, stop_at_min=True),
     "inria": dict(max_alpha=0.99, pixel_center=0.0, stop_at_min=False),
 }
+# the least alpha that is drawn, in 8 bits of colour
+LEAST_ALPHA = 1 / 255
 # a block of threads holds a tile, and a row of it a register or two
 _TILE_MOST = 16
 
@@ -225,7 +227,7 @@ def composite_tiles(
     image_height: int,
     tile_size: int = 16,
     max_alpha: float = 0.999,
-    min_alpha: float = 1 / 255,
+    min_alpha: float = LEAST_ALPHA,
     min_transmittance: float = 1e-4,
     pixel_center: float = 0.5,
     stop_at_min: bool = True,

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..domain import nonnegative, unit
 from ..op import Op, op
+from .composite_tiles import LEAST_ALPHA
 
 __all__ = ["ProjectedGaussians", "project_gaussians"]
 
-# standard deviations after which a splat ends, and the least alpha that is drawn
+# standard deviations after which a splat ends
 _EXTENT = 3.33
-_LEAST_ALPHA = 1 / 255
 # what the reference sees in place of a culled Gaussian and of its camera
 _HARMLESS: dict[str, Any] = dict(
     means=[0.0, 0.0, 1.0],
@@ -207,8 +207,8 @@ def project_gaussians(
         visible = (depths >= near_plane) & (depths <= far_plane) & (det > 0)
         if opacities is not None:
             opacity = opacities.unsqueeze(-2) * (compensations if compensate else 1)
-            extent = (2 * (opacity / _LEAST_ALPHA).log()).sqrt().clamp(max=_EXTENT)
-            visible = visible & (opacity >= _LEAST_ALPHA) & opacity.isfinite()
+            extent = (2 * (opacity / LEAST_ALPHA).log()).sqrt().clamp(max=_EXTENT)
+            visible = visible & (opacity >= LEAST_ALPHA) & opacity.isfinite()
         radii = (extent[..., None] * variances.sqrt()).ceil()
         size = radii.new_tensor([image_width, image_height])
         visible = visible & (radii > radius_clip).any(-1)
