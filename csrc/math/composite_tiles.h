@@ -4,12 +4,7 @@
 #include <cstdint>
 
 #include "../accumulator.h"
-
-#if defined(__device__)
-#define RAYFUSE_EVERYWHERE __host__ __device__
-#else
-#define RAYFUSE_EVERYWHERE
-#endif
+#include "../device.h"
 
 namespace rayfuse {
 

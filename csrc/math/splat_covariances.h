@@ -3,11 +3,7 @@
 // quaternion that does not rotate. docs/splats.md
 #pragma once
 
-#if defined(__device__)
-#define RAYFUSE_EVERYWHERE __host__ __device__
-#else
-#define RAYFUSE_EVERYWHERE
-#endif
+#include "../device.h"
 
 namespace rayfuse {
 
