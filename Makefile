@@ -26,7 +26,7 @@ ALL_PARTS := $(VENV)/.with-train $(VENV)/.with-splat $(VENV)/.with-view
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.with-train  ## train a feature field on two photographs; report in runs/
+demo: $(VENV)/.demo  ## train a feature field on two photographs; report in runs/
 	$(BIN)/rayfuse train
 
 test: $(ALL_PARTS) $(VENV)/.with-test  ## the whole suite but the slow tests
@@ -78,8 +78,16 @@ $(VENV)/.torch:
 	$(PIP) install -q "$(TORCH)" numpy "setuptools>=77" ninja
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(INSTALL) --no-deps -e .
+	@touch $@
+
+# one of the libraries is enough, and takes a third of the time
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	RAYFUSE_ISAS=native $(INSTALL) -e '.[train]'
+	$(INSTALL) --no-deps $(NO_DEPS_train)
 	@touch $@
 
 $(VENV)/.with-%: pyproject.toml | $(VENV)/.built

@@ -4,12 +4,15 @@ They use torch's stable ABI and hold no Python symbol, so that one wheel serves 
 every torch from 2.10 on. Without a C++ compiler, or without torch to build against, rayfuse
 installs without them and runs on its PyTorch references.
 
+RAYFUSE_ISAS=native builds the library of this processor alone, in a third of the time;
+RAYFUSE_ISAS=baseline,avx2 builds these.
 RAYFUSE_CUDA=1 builds the CUDA library too (half a minute an op), with nvcc from the machine or from
 PyPI and any torch, one without CUDA included; RAYFUSE_CUDA=80,90 builds it for these GPUs alone.
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -76,6 +79,25 @@ def compiler() -> str | None:
     return next((cxx for cxx in candidates if shutil.which(shlex.split(cxx)[0])), None)
 
 
+def isas_to_build(cxx: str) -> list[str]:
+    """The instruction sets that were asked for, all by default."""
+    wanted = os.environ.get("RAYFUSE_ISAS", "")
+    if wanted != "native":
+        isas = wanted.split(",") if wanted else [*ISAS]
+        if unknown := set(isas) - set(ISAS):
+            names = ", ".join(["native", *ISAS])
+            sys.exit(f"rayfuse: RAYFUSE_ISAS must be some of {names}, got {unknown.pop()!r}")
+        return isas
+
+    def macros(flags: str) -> set[str]:
+        command = [*shlex.split(cxx), *flags.split(), "-dM", "-E", "-x", "c++", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return set(re.findall(r"#define (__[A-Z0-9_]+__) 1$", said, re.M))
+
+    here = macros("-march=native")
+    return [isa for isa, flags in ISAS.items() if macros(flags) <= here][-1:]
+
+
 def nvcc() -> str | None:
     """CUDA's compiler: on the path, in CUDA_HOME, or installed from PyPI (nvidia-cuda-nvcc)."""
     home = os.environ.get("CUDA_HOME")
@@ -135,7 +157,8 @@ def build_libraries(folder: Path) -> list[Path]:
     work = ROOT / "build" / "ninja"
     work.mkdir(parents=True, exist_ok=True)
     lines = [f"cxx = {cxx}", f"torch = {torch}", NINJA]
-    libraries = []
+    libraries: list[Path] = []
+    wanted = isas_to_build(cxx)
     for isa, isa_flags in ISAS.items():
         flags = (
             f"{FLAGS} {os.environ.get('CXXFLAGS', '')} {isa_flags} -isystem $torch/include"
@@ -145,14 +168,16 @@ def build_libraries(folder: Path) -> list[Path]:
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             objects.append(f"{source.stem}.{isa}.o")
             lines += [f"build {objects[-1]}: compile {source}", f"  flags = {flags}"]
-        libraries.append(folder.resolve() / f"librayfuse_cpu.{isa}.so")
-        lines.append(f"build {libraries[-1]}: link {' '.join(objects)}")
+        library = folder.resolve() / f"librayfuse_cpu.{isa}.so"
+        lines.append(f"build {library}: link {' '.join(objects)}")
+        if isa in wanted:
+            libraries.append(library)
     if os.environ.get("RAYFUSE_CUDA", "0") != "0":
         libraries.append(folder.resolve() / "librayfuse_cuda.so")
         lines += cuda_lines(libraries[-1])
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
-    if subprocess.run([ninja(), "-C", str(work)]).returncode:
+    if subprocess.run([ninja(), "-C", work, *libraries]).returncode:
         # not an exception: an editable install would swallow it and go on without the library
         sys.exit("rayfuse: a library did not compile")
     return libraries

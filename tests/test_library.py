@@ -128,11 +128,33 @@ def test_wheel_is_for_every_python_of_this_platform(one_op):
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"rayfuse"}
 
 
+def libraries_of(wheel):
+    return [Path(n).name for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
+
+
+def test_native_build_holds_the_best_library_of_this_processor(one_op):
+    wheel, _ = build_wheel(one_op, RAYFUSE_ISAS="native")
+    assert libraries_of(wheel) == [f"librayfuse_cpu.{backend.isas()[-1]}.so"]
+
+
+def test_unknown_instruction_set_is_one_line(one_op):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build"],
+        cwd=one_op,
+        env={**os.environ, "RAYFUSE_ISAS": "avx2,mmx"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    rule = "rayfuse: RAYFUSE_ISAS must be some of native, baseline, avx2, avx512, got 'mmx'"
+    assert done.stderr.splitlines()[-1] == rule
+
+
 def test_without_a_compiler_there_is_one_message_and_a_pure_wheel(source, tmp_path):
     wheel, said = build_wheel(source, CXX=str(tmp_path / "no-such-compiler"))
     assert wheel.name.endswith("-py3-none-any.whl")
     assert said.count("a C++ compiler (g++ or clang++) was not found, so the CPU library") == 1
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert not libraries_of(wheel)
 
 
 def test_doctor_fits_one_screen_and_names_every_backend():
