@@ -1,6 +1,6 @@
 // Tile compositing: per pixel alpha_i = min(o_i e^-sigma_i, max_alpha) for the splats i of its
 // tile's list, w_i = alpha_i T_i with T_{i+1} = T_i (1 - alpha_i); image = sum_i w_i c_i + T bg,
-// alpha = 1 - T, depth = sum_i w_i z_i / alpha.
+// alpha = 1 - T, depth = sum_i w_i z_i / alpha, median = z_i of the last i with T_i > 1/2.
 // One thread owns a tile and goes through it by rows of 16 pixels: a row's list holds the splats
 // that reach it, T stays in registers along the list, and channels are a matrix product of weights.
 // Backward: a row's weights once more, kept in cache, then from the last splat to the first with
@@ -131,40 +131,17 @@ class Tile {
   const Splat<A>& splat(int i) const { return splats_[here_[i]]; }
   const A* color(int i) const { return &color_[here_[i] * C]; }
   int place(int i) const { return here_[i]; }
+  // Of pixel i of the row, where in its list the median is; -1 if it met nothing.
+  int median(int i) const { return halfway_[i / kLanes<A>][i % kLanes<A>]; }
+  // Where a row begins in an image of one value.
+  int64_t index(int r) const { return (image * scene.H + y + r) * scene.W + x; }
   A dy(int r, const Splat<A>& s) const { return s.y - (static_cast<A>(y + r) + scene.center); }
 
-  // Fills weight, alpha where it is to be kept, transmittance, and opacity: the sum of weights, as
-  // 1 - transmittance would have lost digits where it is small.
+  // Fills weight, alpha where it is to be kept, transmittance, opacity: the sum of weights, as
+  // 1 - transmittance would have lost digits where it is small, and if wanted the median.
   template <bool keep>
-  void weigh(int r) {
-    here_ = &list_[r * n];
-    // negative in pixels that have ended
-    Pixels passing = Pixels::each([](int) { return broadcast(A(1)); });
-    opacity = {};
-    count_ = reach_[r];
-    for (int i = 0; i < count_; ++i) {
-      const Splat<A> s = splat(i);
-      const A dy = this->dy(r, s), slope = s.b * dy, rest = s.c * dy * dy + s.log_opacity;
-      uint32_t ended = kAllLanes<A>;
-      for (int p = 0; p < Pixels::kParts; ++p) {
-        const vec<A> dx = s.x - pixel_x.part[p];
-        const vec<A> log_alpha = dx * (s.a * dx + slope) + rest;
-        const vec<A> most = exp2_of_moderate<A>(log_alpha);
-        const vec<A> capped = most < scene.max_alpha ? most : broadcast(scene.max_alpha);
-        const vec<A> here =
-            (log_alpha >= log_min_) & (log_alpha <= s.log_opacity) ? capped : vec<A>{};
-        const vec<A> before = passing.part[p], after = before * (1 - here);
-        const auto goes_on = after > scene.ending;
-        passing.part[p] = goes_on ? after : before > 0 ? -before : before;
-        const vec<A> own = goes_on ? here * before : vec<A>{};
-        weight[i].part[p] = own;
-        opacity.part[p] += own;
-        if constexpr (keep) alpha[i].part[p] = goes_on ? here : vec<A>{};
-        ended &= lanes_up_to(passing.part[p], vec<A>{});
-      }
-      if (ended == kAllLanes<A>) count_ = i + 1;
-    }
-    transmittance = Pixels::each([&](int p) { return magnitude<A>(passing.part[p]); });
+  void weigh(int r, bool median) {
+    median ? weigh<keep, true>(r) : weigh<keep, false>(r);
   }
 
   // Sums of `width` channels from d on, weighted.
@@ -188,6 +165,45 @@ class Tile {
   }
 
  private:
+  template <bool keep, bool to_half>
+  void weigh(int r) {
+    here_ = &list_[r * n];
+    // negative in pixels that have ended
+    Pixels passing = Pixels::each([](int) { return broadcast(A(1)); });
+    opacity = {};
+    lane_index<A> halfway[Pixels::kParts];
+    for (auto& part : halfway) part = lane_index<A>{} - 1;
+    count_ = reach_[r];
+    for (int i = 0; i < count_; ++i) {
+      const Splat<A> s = splat(i);
+      const A dy = this->dy(r, s), slope = s.b * dy, rest = s.c * dy * dy + s.log_opacity;
+      uint32_t ended = kAllLanes<A>;
+      for (int p = 0; p < Pixels::kParts; ++p) {
+        const vec<A> dx = s.x - pixel_x.part[p];
+        const vec<A> log_alpha = dx * (s.a * dx + slope) + rest;
+        const vec<A> most = exp2_of_moderate<A>(log_alpha);
+        const vec<A> capped = most < scene.max_alpha ? most : broadcast(scene.max_alpha);
+        const vec<A> here =
+            (log_alpha >= log_min_) & (log_alpha <= s.log_opacity) ? capped : vec<A>{};
+        const vec<A> before = passing.part[p], after = before * (1 - here);
+        const auto goes_on = after > scene.ending;
+        passing.part[p] = goes_on ? after : before > 0 ? -before : before;
+        const vec<A> own = goes_on ? here * before : vec<A>{};
+        weight[i].part[p] = own;
+        opacity.part[p] += own;
+        if constexpr (keep) alpha[i].part[p] = goes_on ? here : vec<A>{};
+        if constexpr (to_half) {
+          const auto early = (own > 0) & (before > A(0.5));
+          halfway[p] = early ? lane_index<A>{} + i : halfway[p];
+        }
+        ended &= lanes_up_to(passing.part[p], vec<A>{});
+      }
+      if (ended == kAllLanes<A>) count_ = i + 1;
+    }
+    if constexpr (to_half) std::copy_n(halfway, Pixels::kParts, halfway_);
+    transmittance = Pixels::each([&](int p) { return magnitude<A>(passing.part[p]); });
+  }
+
   void gather(int64_t k) {
     const int64_t id = scene.ids[begin + k];
     const A *mean = scene.means2d + 2 * id, *conic = scene.conics + 3 * id;
@@ -244,14 +260,16 @@ class Tile {
   int reach_[kRow];
   const int* here_ = nullptr;
   int count_ = 0;
+  lane_index<A> halfway_[Pixels::kParts];
 };
 
 // Tiles first..last.
 template <class T>
 RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene,
-                              accumulator<T>* image,    // [I, H, W, D]
-                              accumulator<T>* opacity,  // [I, H, W]
-                              accumulator<T>* depth) {  // [I, H, W]
+                              accumulator<T>* image,     // [I, H, W, D]
+                              accumulator<T>* opacity,   // [I, H, W]
+                              accumulator<T>* depth,     // [I, H, W]
+                              accumulator<T>* median) {  // [I, H, W]
   using A = accumulator<T>;
   Tile<T> tile(scene);
   const int64_t D = scene.D;
@@ -260,11 +278,11 @@ RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
     for (int r = 0; r < tile.rows; ++r) {
-      tile.template weigh<false>(r);
+      tile.template weigh<false>(r, scene.depths);
       tile.blend_all(sums.data());
       tile.transmittance.store_to(passing);
       tile.opacity.store_to(met);
-      const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.x;
+      const int64_t row = tile.index(r);
       for (int i = 0; i < tile.columns; ++i) {
         const A* const background = scene.background_at(tile.image, row + i);
         for (int64_t d = 0; d < D; ++d) {
@@ -272,7 +290,9 @@ RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene
           image[(row + i) * D + d] = sums[d * kRow + i] + behind;
         }
         opacity[row + i] = met[i];
-        depth[row + i] = scene.depths && met[i] > 0 ? sums[D * kRow + i] / met[i] : A(0);
+        const bool far = scene.depths && met[i] > 0;
+        depth[row + i] = far ? sums[D * kRow + i] / met[i] : A(0);
+        median[row + i] = far ? tile.color(tile.median(i))[D] : A(0);
       }
     }
   }
@@ -300,7 +320,7 @@ struct RowGradients {
       distance.resize(tile.C * kRow);
       tile.template blend<1>(D, distance.data());
     }
-    const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.x;
+    const int64_t row = tile.index(r);
     for (int i = 0; i < tile.columns; ++i) {
       const A* const background = scene.background_at(tile.image, row + i);
       A through = d.opacity ? -d.opacity[row + i] : A(0);
@@ -343,6 +363,7 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
   Tile<T> tile(scene);
   RowGradients<T> row;
   const int64_t C = tile.C, moments = scene.moments(), width = scene.sums();
+  const A* const d_median = scene.depths ? d_outputs.median : nullptr;
   std::vector<vec<A>> sums;
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
@@ -351,8 +372,13 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
         d_background ? d_background + (scene.background_of_pixels ? 0 : t * scene.D) : nullptr;
     if (d_own && !scene.background_of_pixels) std::fill(d_own, d_own + scene.D, A(0));
     for (int r = 0; r < tile.rows; ++r) {
-      tile.template weigh<true>(r);
+      tile.template weigh<true>(r, d_median);
       row.gather(tile, r, d_outputs, d_own);
+      for (int i = 0; d_median && i < tile.columns; ++i) {
+        const int median = tile.median(i);
+        if (median < 0) continue;
+        sums[tile.place(median) * width + moments + scene.D][0] += d_median[tile.index(r) + i];
+      }
       const A* const g = row.channels.data();
       Pixels behind = row.behind;
       for (int i = tile.count() - 1; i >= 0; --i) {
@@ -490,14 +516,12 @@ void for_tiles(const Scene<T>& scene, const F& f) {
       [&](int64_t begin, int64_t end) { f(first_from(begin), first_from(end)); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& conics,
-                                       const Tensor& colors, const Tensor& opacities,
-                                       const Tensor& tile_offsets, const Tensor& flatten_ids,
-                                       const MaybeTensor& depths, const MaybeTensor& background,
-                                       const MaybeTensor& masks, const MaybeTensor& absgrad,
-                                       int64_t image_width, int64_t image_height, int64_t tile_size,
-                                       double max_alpha, double min_alpha, double min_transmittance,
-                                       double pixel_center, bool stop_at_min) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(
+    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
+    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
+    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
+    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
+    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min) {
   check_lists(tile_offsets, flatten_ids, means2d.size(0));
   const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
                       flatten_ids,       depths,       background, masks,     absgrad,
@@ -508,22 +532,22 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
     using A = accumulator<decltype(type)>;
     const auto scene = call.scene<decltype(type)>();
     A *image = mutable_data<A>(out.image), *alpha = mutable_data<A>(out.alpha),
-      *depth = mutable_data<A>(out.depth);
+      *depth = mutable_data<A>(out.depth), *median = mutable_data<A>(out.median);
     for_tiles(scene, [&](int64_t first, int64_t last) {
-      composite(first, last, scene, image, alpha, depth);
+      composite(first, last, scene, image, alpha, depth, median);
     });
   });
-  return {out.image, out.alpha, out.depth};
+  return out.tensors();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const MaybeTensor& d_image, const MaybeTensor& d_alpha, const MaybeTensor& d_depth,
-    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
-    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
-    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
-    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
-    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min,
-    int64_t needs) {
+    const MaybeTensor& d_median, const Tensor& means2d, const Tensor& conics, const Tensor& colors,
+    const Tensor& opacities, const Tensor& tile_offsets, const Tensor& flatten_ids,
+    const MaybeTensor& depths, const MaybeTensor& background, const MaybeTensor& masks,
+    const MaybeTensor& absgrad, int64_t image_width, int64_t image_height, int64_t tile_size,
+    double max_alpha, double min_alpha, double min_transmittance, double pixel_center,
+    bool stop_at_min, int64_t needs) {
   check_lists(tile_offsets, flatten_ids, means2d.size(0));
   const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
                       flatten_ids,       depths,       background, masks,     absgrad,
@@ -534,7 +558,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     using T = decltype(type);
     using A = accumulator<T>;
     const auto scene = call.scene<T>(needs);
-    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
+    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth),
+                                data<A>(d_median)};
     const auto d_inputs = d.outgoing<T>();
     const Tensor sums = empty(means2d, {scene.M, scene.sums()}, dtype_of(means2d));
     A* const partial = mutable_data<A>(sums);

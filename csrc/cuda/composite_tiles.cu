@@ -1,6 +1,6 @@
 // Tile compositing: per pixel alpha_i = min(o_i e^-sigma_i, max_alpha) for the splats i of its
 // tile's list, w_i = alpha_i T_i with T_{i+1} = T_i (1 - alpha_i); image = sum_i w_i c_i + T bg,
-// alpha = sum_i w_i, depth = sum_i w_i z_i / alpha.
+// alpha = sum_i w_i, depth = sum_i w_i z_i / alpha, median = z_i of the last i with T_i > 1/2.
 // A block owns a tile, a thread a pixel; kBatch splats at a time are in shared memory. Forward: a
 // block for every kChannels channels. Backward: once forward for T before each batch, once back
 // with u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i + alpha_i
@@ -162,9 +162,10 @@ constexpr int kBlocks = (kChannels > 4 ? 8 : 16) / sizeof(accumulator<T>);
 template <int kChannels, class T>
 __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
     composite_tiles_fwd_kernel(Scene<T> scene,
-                               accumulator<T>* __restrict__ image,    // [I, H, W, D]
-                               accumulator<T>* __restrict__ opacity,  // [I, H, W]
-                               accumulator<T>* __restrict__ depth) {  // [I, H, W]
+                               accumulator<T>* __restrict__ image,     // [I, H, W, D]
+                               accumulator<T>* __restrict__ opacity,   // [I, H, W]
+                               accumulator<T>* __restrict__ depth,     // [I, H, W]
+                               accumulator<T>* __restrict__ median) {  // [I, H, W]
   using A = accumulator<T>;
   __shared__ Batch<T> batch;
   __shared__ Channels<kChannels, T> channels;
@@ -176,6 +177,8 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
   const Pixel<T> pixel(scene, t);
   Passing<A> passing{1, !pixel.exists};
   A sum[kChannels] = {}, met = 0;
+  // the place in the list of the median; lists are shorter than 2^31
+  int halfway = -1;
   for (int64_t first = 0; first < list.n; first += kBatch) {
     if (__syncthreads_and(passing.ended)) break;
     batch.load(scene, list.begin + first, list.n - first);
@@ -186,6 +189,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
       const A weight = passing.meet(batch.alpha(scene, k, pixel), scene.ending) * before;
       if (weight == 0) continue;
       met += weight;
+      if (before > A(0.5)) halfway = static_cast<int>(first) + k;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) sum[c] += weight * channels.value[k][c];
     }
@@ -205,6 +209,8 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
   if (first_channel > 0) return;
   opacity[pixel.index] = met;
   if (!scene.depths) depth[pixel.index] = 0;
+  median[pixel.index] =
+      scene.depths && halfway >= 0 ? scene.depths[splat_at(scene, list.begin + halfway)] : A(0);
 }
 
 // Sums over the block, of the splats of a batch: every warp adds up its own, and leaves them here.
@@ -254,6 +260,7 @@ __global__ void __launch_bounds__(kBlock)
   kept += (list.begin / kBatch + t) * blockDim.x + threadIdx.x;
   partial += list.begin * width;
   const bool far = scene.depths && d.depth;
+  int halfway = -1;
 
   Passing<A> passing{1, !pixel.exists};
   A met = 0, distance = 0;
@@ -269,6 +276,7 @@ __global__ void __launch_bounds__(kBlock)
       const A weight = passing.meet(batch.alpha(scene, k, pixel), scene.ending) * before;
       met += weight;
       if (far && weight > 0) distance += weight * scene.depths[batch.id[k]];
+      if (weight > 0 && before > A(0.5)) halfway = static_cast<int>(first) + k;
     }
   }
   for (int64_t i = batches * kBatch * width + threadIdx.x; i < list.listed * width;
@@ -284,6 +292,7 @@ __global__ void __launch_bounds__(kBlock)
     d_distance = d.depth[pixel.index] / met;
     behind += d_distance * (distance / met);
   }
+  const A d_median = d.median && pixel.exists ? d.median[pixel.index] : A(0);
   for (int64_t c = 0; d_image && background && c < D; ++c) behind += background[c] * d_image[c];
   if (d_background && d_image) {
     for (int64_t c = 0; c < D; ++c) {
@@ -352,8 +361,12 @@ __global__ void __launch_bounds__(kBlock)
       const int64_t count = min(C - c, int64_t{kExchanged});
       for (int i = 0; i < count; ++i) {
         const A g = d_channel(c + i);
+        const A at_half = c + i == D ? d_median : A(0);
 #pragma unroll
-        for (int k = 0; k < kBatch; ++k) exchange.put(k, i, weight[k] * g, any >> k & 1);
+        for (int k = 0; k < kBatch; ++k) {
+          const A own = weight[k] * g + (halfway - first == k ? at_half : A(0));
+          exchange.put(k, i, own, any >> k & 1);
+        }
       }
       exchange.write(rows, list.n - first, width, moments + c, count);
     }
@@ -454,14 +467,12 @@ int threads_of(int64_t tile_size) {
   return static_cast<int>((tile_size * tile_size + kWarp - 1) / kWarp * kWarp);
 }
 
-std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& conics,
-                                       const Tensor& colors, const Tensor& opacities,
-                                       const Tensor& tile_offsets, const Tensor& flatten_ids,
-                                       const MaybeTensor& depths, const MaybeTensor& background,
-                                       const MaybeTensor& masks, const MaybeTensor& absgrad,
-                                       int64_t image_width, int64_t image_height, int64_t tile_size,
-                                       double max_alpha, double min_alpha, double min_transmittance,
-                                       double pixel_center, bool stop_at_min) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(
+    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
+    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
+    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
+    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
+    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min) {
   const Device device(means2d);
   const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
                       flatten_ids,       depths,       background, masks,     absgrad,
@@ -476,7 +487,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
       const int64_t chunks = std::max<int64_t>((scene.channels() + kChannels - 1) / kChannels, 1);
       launch({scene.tiles() * chunks, threads_of(tile_size), 0, device.stream()},
              composite_tiles_fwd_kernel<kChannels, T>, scene, mutable_data<A>(out.image),
-             mutable_data<A>(out.alpha), mutable_data<A>(out.depth));
+             mutable_data<A>(out.alpha), mutable_data<A>(out.depth), mutable_data<A>(out.median));
     };
     if (scene.channels() <= 4) {
       start(std::integral_constant<int, 4>());
@@ -484,17 +495,17 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
       start(std::integral_constant<int, 32>());
     }
   });
-  return {out.image, out.alpha, out.depth};
+  return out.tensors();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const MaybeTensor& d_image, const MaybeTensor& d_alpha, const MaybeTensor& d_depth,
-    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
-    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
-    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
-    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
-    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min,
-    int64_t needs) {
+    const MaybeTensor& d_median, const Tensor& means2d, const Tensor& conics, const Tensor& colors,
+    const Tensor& opacities, const Tensor& tile_offsets, const Tensor& flatten_ids,
+    const MaybeTensor& depths, const MaybeTensor& background, const MaybeTensor& masks,
+    const MaybeTensor& absgrad, int64_t image_width, int64_t image_height, int64_t tile_size,
+    double max_alpha, double min_alpha, double min_transmittance, double pixel_center,
+    bool stop_at_min, int64_t needs) {
   const Device device(means2d);
   const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
                       flatten_ids,       depths,       background, masks,     absgrad,
@@ -507,7 +518,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     using T = decltype(type);
     using A = accumulator<T>;
     const auto scene = call.scene<T>(needs);
-    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
+    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth),
+                                data<A>(d_median)};
     const int64_t tiles = scene.tiles(), ID = scene.I * scene.D;
     const int threads = threads_of(tile_size);
     const Tensor kept = empty(means2d, {scene.M / kBatch + tiles, threads}, dtype_of(means2d));

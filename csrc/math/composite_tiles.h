@@ -52,6 +52,7 @@ struct Incoming {
   const A* image;    // [I, H, W, D]
   const A* opacity;  // [I, H, W]
   const A* depth;    // [I, H, W]
+  const A* median;   // [I, H, W]
 };
 
 // The gradients of the splats, null where they are not wanted.

@@ -51,6 +51,7 @@ class TileComposite(NamedTuple):
     colors: Tensor  # [..., H, W, D]
     alpha: Tensor  # [..., H, W]
     depth: Tensor  # [..., H, W]
+    median_depth: Tensor  # [..., H, W]
 
 
 class _WithAbsolute(torch.autograd.Function):
@@ -197,7 +198,7 @@ class TileOp(Op):
 @op(
     "means2d[P, 2] conics[P, 3] colors[P, D] opacities[P] tile_offsets[I, Y, X] flatten_ids[M]"
     " depths?[P] background?[B, D] masks?[I, Y, X] absgrad?[P, 2] -> image[I, H, W, D]"
-    " alpha[I, H, W] depth[I, H, W]",
+    " alpha[I, H, W] depth[I, H, W] median[I, H, W]",
     domain=dict(
         opacities=unit,
         tile_offsets=_tile_starts,
@@ -231,14 +232,15 @@ def composite_tiles(
     min_transmittance: float = 1e-4,
     pixel_center: float = 0.5,
     stop_at_min: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Images of Gaussian splats: colours, opacity and depth, front to back, in one pass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images of Gaussian splats: colours, opacity and depths, front to back, in one pass.
 
     At a pixel, splats i of its tile's list have alpha_i = min(opacity_i exp(-sigma_i), max_alpha)
     with sigma_i = (a dx^2 + c dy^2) / 2 + b dx dy; those with sigma_i < 0 or alpha_i < min_alpha
     are passed over. w_i = alpha_i prod_{j<i} (1 - alpha_j), and the pixel ends before the splat
     that would bring the product to min_transmittance. colors = sum_i w_i color_i + T background,
-    alpha = 1 - T, depth = sum_i w_i depth_i / alpha (docs/splats.md).
+    alpha = 1 - T, depth = sum_i w_i depth_i / alpha, and median_depth is that of the last splat
+    that more than half of the light came to (docs/splats.md).
 
     Args:
         means2d: [..., N, 2] centres of the splats in pixels, x then y, `...` being images; or
@@ -253,7 +255,7 @@ def composite_tiles(
             int64 or int32.
 
     Keyword Args:
-        depths: [..., N] of the splats; None for depth 0 at no cost.
+        depths: [..., N] of the splats; None for depths 0 at no cost.
         background: [..., D] a colour of each image, [..., H, W, D] of each pixel, or [D] for all;
             None for black.
         masks: [..., th, tw] bool; tiles where it is False are background.
@@ -268,10 +270,11 @@ def composite_tiles(
         pixel_center: where in a pixel it is sampled, 0.5 or 0.
 
     Returns:
-        TileComposite(colors [..., H, W, D], alpha [..., H, W], depth [..., H, W]), colours
-        premultiplied, depth 0 where nothing was met; float32 for half precision inputs.
-        Differentiable in all floating point inputs, twice through the reference; an alpha at
-        max_alpha gives no gradient but that of its colour and depth.
+        TileComposite(colors [..., H, W, D], alpha [..., H, W], depth [..., H, W],
+        median_depth [..., H, W]), colours premultiplied, depths 0 where nothing was met; float32
+        for half precision inputs. Differentiable in all floating point inputs, twice through the
+        reference; an alpha at max_alpha gives no gradient but that of its colour and depth, and
+        median_depth one to the depth of its splat alone.
 
     Raises:
         ValueError: for shapes or devices that do not match, and on the CPU for lists that leave
@@ -280,16 +283,19 @@ def composite_tiles(
         NotImplementedError: under vmap: images are leading dimensions.
 
     Source:
-        Kerbl et al., 3D Gaussian Splatting (2023), eq. 3; gsplat, `rasterize_to_pixels`.
+        Kerbl et al., 3D Gaussian Splatting (2023), eq. 3; gsplat, `rasterize_to_pixels`; Huang et
+        al., 2D Gaussian Splatting (2024), for the median.
 
     Example:
         >>> import torch, rayfuse
         >>> mean, conic = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0, 1.0]])
-        >>> rayfuse.composite_tiles(
+        >>> image = rayfuse.composite_tiles(
         ...     mean, conic, torch.tensor([[2.0]]), torch.tensor([0.5]),
-        ...     torch.tensor([[0]]), torch.tensor([0]), image_width=1, image_height=1,
+        ...     torch.tensor([[0]]), torch.tensor([0]), depths=torch.tensor([4.0]),
+        ...     image_width=1, image_height=1,
         ... )
-        TileComposite(colors=tensor([[[1.]]]), alpha=tensor([[0.5000]]), depth=tensor([[0.]]))
+        >>> image.colors, image.alpha, image.depth, image.median_depth
+        (tensor([[[1.]]]), tensor([[0.5000]]), tensor([[4.]]), tensor([[4.]]))
     """
     tiles = tile_offsets.shape
     lists = _TileLists(tile_offsets, flatten_ids, len(means2d), masks)
@@ -324,14 +330,19 @@ def composite_tiles(
     before = torch.cat([torch.ones_like(x), passing], -1)
     weight = alpha * before[..., :-1]
     transmittance = before[..., -1]
-    image = weight @ of_finite(colors).to(weight.dtype)
+    # autocast would make it less precise
+    with torch.autocast(weight.device.type, enabled=False):
+        image = weight @ of_finite(colors).to(weight.dtype)
     # 1 - transmittance would have lost digits where it is small
     opacity = weight.sum(-1)
-    depth = torch.zeros_like(opacity)
+    depth, median = torch.zeros_like(opacity), torch.zeros_like(opacity)
     if depths is not None:
         met = opacity > 0
-        sums = (weight @ of_finite(depths)[..., None])[..., 0]
-        depth = torch.where(met, sums / torch.where(met, opacity, 1), 0)
+        z = of_finite(depths)[:, None]
+        depth = torch.where(met, (weight * z).sum(-1) / torch.where(met, opacity, 1), 0)
+        early = (weight > 0) & (before[..., :-1] > 0.5)
+        last = early & (early.cumsum(-1) == early.sum(-1, keepdim=True))
+        median = torch.where(last, z, 0).sum(-1)
 
     def pixels(x: Tensor) -> Tensor:
         """[tiles, pixels, ...] as images."""
@@ -339,11 +350,11 @@ def composite_tiles(
         x = x.reshape(count, Y, X, size, size, *x.shape[2:]).transpose(2, 3)
         return x.reshape(count, Y * size, X * size, *x.shape[5:])[:, :image_height, :image_width]
 
-    image, opacity, depth = map(pixels, (image, opacity, depth))
+    image, opacity, depth, median = map(pixels, (image, opacity, depth, median))
     if background is not None:
         shape = image.shape if len(background) != tiles[0] else (tiles[0], 1, 1, image.shape[-1])
         image = image + pixels(transmittance)[..., None] * background.reshape(shape)
-    return image.contiguous(), opacity.contiguous(), depth.contiguous()
+    return image.contiguous(), opacity.contiguous(), depth.contiguous(), median.contiguous()
 
 
 class _TileLists:
