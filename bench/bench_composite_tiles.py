@@ -236,6 +236,8 @@ class BenchCompositeTiles(harness.Bench):
         *([Workload((648, 420), dict(D=3))] if GARDEN else []),
     )
     directions = ((), NAMES[:4])
+    title = ""
+    maps = 1  # beside the colours
     page = "splats"
 
     test_growth = None
@@ -255,13 +257,16 @@ class BenchCompositeTiles(harness.Bench):
         forward = sum(inputs.values()) + outputs
         return 2 * forward + sum(inputs[name] for name in wants) if wants else forward
 
+    def images(self, width: int, height: int, *inputs: Tensor, **named: Any) -> tuple[Tensor, ...]:
+        """Ours: colours and opacity."""
+        return rayfuse.composite_tiles(*inputs, image_width=width, image_height=height, **named)[:2]
+
     def contenders_of(self, workload: Workload) -> dict[str, Callable[..., Any]]:
         width, height = workload.leading
 
-        def ours(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return rayfuse.composite_tiles(*inputs, image_width=width, image_height=height)[:2]
-
-        calls: dict[str, Callable[..., Any]] = {"rayfuse": ours}
+        calls: dict[str, Callable[..., Any]] = {
+            "rayfuse": lambda *x: self.images(width, height, *x)
+        }
         if workload.sizes["D"] == 3 and peers.device.type == "cpu":
             if shutil.which("g++"):
                 calls["scalar C++, 1 thread"] = functools.partial(
@@ -274,14 +279,14 @@ class BenchCompositeTiles(harness.Bench):
         inputs = self.inputs(workload)
         (width, height), D = workload.leading, workload.sizes["D"]
         pairs = len(inputs["flatten_ids"]) * TILE * TILE
-        d_outputs = [torch.rand(1, height, width, D), torch.rand(1, height, width)]
+        d_outputs = [torch.rand(1, height, width, D), *torch.rand(self.maps, 1, height, width)]
         d_outputs = [x.to(peers.device) for x in d_outputs]
         values = torch.rand(EXP_VALUES, device=peers.device)
         turns = {
             "streaming": Turns(harness.Streaming()),
             EXP: Turns(functools.partial(torch.exp, values, out=values.clone())),
         }
-        table = harness.direction_name(["all"] if wants else [])
+        table = self.title + harness.direction_name(["all"] if wants else [])
         results = {}
         for name, call in reversed(self.contenders_of(workload).items()):
             peer = peers.Peer(name, lambda *x, call=call: lambda: call(*x))
@@ -310,3 +315,37 @@ class BenchCompositeTiles(harness.Bench):
         benchmark.extra_info |= dict(
             calls_per_round=turns["rayfuse"].calls, rows=[row.as_dict() for row in rows]
         )
+
+
+class BenchCompositeTilesInOnePass(BenchCompositeTiles):
+    """Colours, opacity and depth at once, beside a pass for each."""
+
+    workloads = (Workload((640, 480), dict(N=64, S=3, D=3)),)
+    directions = ((), (*NAMES[:4], "depths"))
+    title = "with depth, "
+    maps = 2
+
+    def inputs(self, workload: Workload) -> dict[str, Tensor]:
+        inputs = super().inputs(workload)
+        P = len(inputs["means2d"])
+        return inputs | dict(depths=1 + torch.arange(P, device=peers.device) / P)
+
+    def contenders_of(self, workload: Workload) -> dict[str, Callable[..., Any]]:
+        width, height = workload.leading
+
+        def one_pass(*inputs: Tensor) -> tuple[Tensor, ...]:
+            *given, depths = inputs
+            return rayfuse.composite_tiles(
+                *given, depths=depths, image_width=width, image_height=height
+            )[:3]
+
+        def three_passes(*inputs: Tensor) -> tuple[Tensor, ...]:
+            means2d, conics, colors, opacities, *lists, depths = inputs
+            image, opacity, distance = (
+                self.images(width, height, means2d, conics, channels, opacities, *lists)
+                for channels in (colors, torch.ones_like(depths)[:, None], depths[:, None])
+            )
+            alpha = opacity[1]
+            return image[0], alpha, distance[0][..., 0] / alpha.clamp(min=1e-10)
+
+        return {"rayfuse": one_pass, "three passes": three_passes}

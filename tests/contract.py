@@ -400,24 +400,25 @@ class Contract:
     # ---- repeatability and bad values
 
     def test_result_is_the_same_to_the_bit_for_any_number_of_threads(self, forced_backend, device):
-        threads = torch.get_num_threads()
-        has_threads = forced_backend.startswith("cpu")
         # so many rays that torch's own sum of them depends on the number of threads
         for rays in (43,) if forced_backend in EMULATED else (100_003, 200_003):
             args = self.inputs((rays,), device=device, **self.sizes[2])
-            d_outputs = self.d_outputs(args)
-            results = []
-            try:
-                for n in (1, 2, 3, 4, 2) if has_threads else (1, 3):
-                    torch.set_num_threads(n)
-                    results.append(self.gradients(args, d_outputs))
-                    if self.spec.is_loss:
-                        value, grads = self.gradients_of_objective(args)
-                        results[-1] = ((*results[-1][0], value), (*results[-1][1], *grads))
-            finally:
-                torch.set_num_threads(threads)
-            for result in results[1:]:
-                self.assert_equal(result, results[0])
+            self.assert_the_same_for_any_number_of_threads(args, forced_backend)
+
+    def assert_the_same_for_any_number_of_threads(self, args, backend):
+        threads, d_outputs = torch.get_num_threads(), self.d_outputs(args)
+        results = []
+        try:
+            for n in (1, 2, 3, 4, 2) if backend.startswith("cpu") else (1, 3):
+                torch.set_num_threads(n)
+                results.append(self.gradients(args, d_outputs))
+                if self.spec.is_loss:
+                    value, grads = self.gradients_of_objective(args)
+                    results[-1] = ((*results[-1][0], value), (*results[-1][1], *grads))
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            self.assert_equal(result, results[0])
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
     def test_bad_value_stays_in_its_own_ray(self, forced_backend, device, bad):

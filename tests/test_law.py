@@ -1,4 +1,4 @@
-"""The stem law: one op, one stem, a file of that stem in every folder; no orphans."""
+"""The stem law: one op or lookup, one stem, a file of that stem in every folder; no orphans."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import rayfuse
+from rayfuse import lookups, ops
 from rayfuse.backend import isas
 from rayfuse.ops import STEMS
-from rayfuse.ops import __all__ as PUBLIC
 
 ROOT = Path(__file__).parent.parent
 # role -> where an op's file is; a big one grows to <stem>_<part>
@@ -20,6 +20,9 @@ ROLES = {
     "test": "tests/test_{}.py",
     "bench": "bench/bench_{}.py",
 }
+# a lookup has no gradient, and torch stands for triton
+LOOKUP_ROLES = {**ROLES, "spec": "python/rayfuse/lookups/{}.py"}
+del LOOKUP_ROLES["triton"]
 # a role that an op may have: what its CPU and CUDA kernels really share
 OPTIONAL = {"math": "csrc/math/{}.h"}
 # files of these patterns that belong to no op
@@ -49,28 +52,31 @@ SHARED = {
     "triton_kernels/__init__.py",
     "triton_kernels/common.py",
     "python/rayfuse/ops/__init__.py",
+    "python/rayfuse/lookups/__init__.py",
 }
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", [*STEMS, *lookups.STEMS])
 @pytest.mark.parametrize("role", ROLES)
-def test_op_has_a_file_for_every_role(stem, role):
-    path = ROLES[role].format(stem)
-    assert (ROOT / path).exists(), f"{stem} has no {role}: add {path}"
+def test_stem_has_a_file_for_every_role(stem, role):
+    path = (ROLES if stem in STEMS else LOOKUP_ROLES).get(role)
+    assert path is None or (ROOT / path.format(stem)).exists(), f"{stem} has no {role}: add {path}"
 
 
-@pytest.mark.parametrize("role", [*ROLES, *OPTIONAL])
-def test_no_file_without_an_op(role):
-    pattern = (ROLES | OPTIONAL)[role]
+@pytest.mark.parametrize(
+    "pattern", sorted({*ROLES.values(), *LOOKUP_ROLES.values(), *OPTIONAL.values()})
+)
+def test_no_file_without_a_stem(pattern):
     before, after = pattern.split("{}")
     for path in sorted(ROOT.glob(pattern.format("*"))):
         name = path.relative_to(ROOT).as_posix()
         stem = name.removeprefix(before).removesuffix(after)
-        belongs = any(stem == s or stem.startswith(f"{s}_") for s in STEMS)
-        assert belongs or name in SHARED, f"{name} belongs to no op of {STEMS}"
+        stems = (*STEMS, *lookups.STEMS)
+        belongs = any(stem == s or stem.startswith(f"{s}_") for s in stems)
+        assert belongs or name in SHARED, f"{name} belongs to none of {stems}"
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [*ops.__all__, *lookups.__all__])
 def test_function_is_public_documented_and_in_the_readme(name):
     assert name in rayfuse.__all__
     public = getattr(rayfuse, name)
@@ -79,7 +85,7 @@ def test_function_is_public_documented_and_in_the_readme(name):
         return
     # what stands on an op may leave the rest to it
     whole = ("Args:", "Returns:", "Raises:", "Source:", "Example:")
-    for section in whole if name in STEMS else ("Example:",):
+    for section in whole if name in (*STEMS, *lookups.STEMS) else ("Example:",):
         assert section in public.__doc__, f"the docstring of {name} has no {section}"
     assert f"`{name}`" in (ROOT / "README.md").read_text(), f"README.md does not list {name}"
 

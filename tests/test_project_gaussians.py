@@ -63,17 +63,9 @@ class TestProjectGaussians(Contract):
                 assert all((y[1, :, 2] == 0).all() for y in got[0])
 
     def test_result_is_the_same_to_the_bit_for_any_number_of_threads(self, forced_backend, device):
-        threads, N = torch.get_num_threads(), 300 if forced_backend in EMULATED else 9_001
+        N = 300 if forced_backend in EMULATED else 9_001
         args = self.inputs((2,), device=device, N=N, C=2)
-        results = []
-        try:
-            for n in (1, 2, 3, 2):
-                torch.set_num_threads(n)
-                results.append(self.gradients(args))
-        finally:
-            torch.set_num_threads(threads)
-        for result in results[1:]:
-            self.assert_equal(result, results[0])
+        self.assert_the_same_for_any_number_of_threads(args, forced_backend)
 
     def test_many_gaussians_are_as_right_as_torch(self, forced_backend, device):
         N = 300 if forced_backend in EMULATED else 9_001

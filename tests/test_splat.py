@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 import urllib.request
 from dataclasses import fields, replace
 
@@ -32,7 +30,7 @@ from rayfuse.train import run as runs
 from rayfuse.train import scene as scenes
 from rayfuse.train.options import from_json, to_json
 from rayfuse.train.space import Contraction
-from test_train import log_of, write_scene
+from test_train import interrupted_after, log_of, write_scene
 
 
 @pytest.fixture(scope="module")
@@ -407,20 +405,11 @@ class TestTraining:
         for name in made[0].parameters:
             assert torch.equal(made[0].parameters[name], made[1].parameters[name]), name
 
-    def test_interrupt_saves_and_resume_finishes_the_same_run(self, ball, tmp_path, monkeypatch):
+    def test_interrupt_saves_and_resume_finishes_the_same_run(self, ball, tmp_path):
         arguments = ["--preset", "tiny", "--steps", 12]
         assert run(ball, *arguments, "--output", tmp_path / "whole") == 0
-        step = trainer.Trainer.train_step
-
-        def interrupted(self):
-            terms = step(self)
-            if self.step == 7:
-                os.kill(os.getpid(), signal.SIGINT)
-            return terms
-
-        monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
-        assert run(ball, *arguments, "--output", tmp_path / "parts") == 130
-        monkeypatch.undo()
+        with interrupted_after(trainer.Trainer, 7):
+            assert run(ball, *arguments, "--output", tmp_path / "parts") == 130
         assert run("--resume", tmp_path / "parts") == 0
         logs = [[r["losses"] for r in log_of(tmp_path / name)] for name in ("whole", "parts")]
         assert logs[0] == logs[1]

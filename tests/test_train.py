@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -782,22 +783,13 @@ class TestTraining:
         assert rates.index(max(rates)) <= 5
         assert rates[-1] == pytest.approx(0.02 * 0.05, rel=0.2)
 
-    def test_interrupt_saves_and_resume_finishes_the_same_run(self, ball, tmp_path, monkeypatch):
+    def test_interrupt_saves_and_resume_finishes_the_same_run(self, ball, tmp_path):
         """Ctrl-C at a step, then --resume: the log and the result are those of one run."""
         arguments = ["--preset", "tiny", "--features.feature-type", "NONE", "--steps", 12]
         arguments += ["--compare-steps", 0]
         assert run(ball, *arguments, "--output", tmp_path / "whole") == 0
-        step = trainer.Trainer.train_step
-
-        def interrupted(self):
-            terms = step(self)
-            if self.step == 7:
-                os.kill(os.getpid(), signal.SIGINT)
-            return terms
-
-        monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
-        assert run(ball, *arguments, "--output", tmp_path / "parts") == 130
-        monkeypatch.undo()
+        with interrupted_after(trainer.Trainer, 7):
+            assert run(ball, *arguments, "--output", tmp_path / "parts") == 130
         stopped = runs.read_checkpoint(tmp_path / "parts" / "checkpoint.pt", trainer.FORMAT)
         assert stopped["step"] == 7
         assert run("--resume", tmp_path / "parts") == 0
@@ -844,6 +836,22 @@ class TestTraining:
         )
         assert code == 1
         assert capfd.readouterr().err.strip().startswith("rayfuse train: the loss is nan at step")
+
+
+@contextmanager
+def interrupted_after(kind: type, step: int):
+    """Ctrl-C after a step of trainers of this kind."""
+    train_step = kind.train_step
+
+    def interrupted(self):
+        terms = train_step(self)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return terms
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "train_step", interrupted)
+        yield
 
 
 def log_of(run_dir: Path) -> list[dict]:

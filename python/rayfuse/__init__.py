@@ -11,6 +11,8 @@ from .backend import (
     release_memory,
     use_backend,
 )
+from .lookups import *  # noqa: F403
+from .lookups import __all__ as _lookups
 from .objective import FieldLosses, field_losses, packed_field_losses
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
@@ -35,6 +37,7 @@ __all__ = [
     "ray_offsets",
     "release_memory",
     "use_backend",
+    *_lookups,
     *_ops,
 ]
 

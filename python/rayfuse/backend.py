@@ -205,11 +205,11 @@ def last_backend() -> str | None:
 
 
 class Chosen(NamedTuple):
-    """An op's kernels on one backend."""
+    """An op's kernels on one backend; a lookup has no backward."""
 
     name: str
     fwd: Kernel
-    bwd: Kernel
+    bwd: Kernel | None = None
 
     def run_fwd(self, args: Sequence[Any]) -> Any:
         """Kernels read contiguous memory: here is where that is seen to."""
@@ -218,6 +218,7 @@ class Chosen(NamedTuple):
 
     def run_bwd(self, args: Sequence[Any], needs: int) -> Any:
         """The gradients of the inputs, empty where `needs` has no bit."""
+        assert self.bwd is not None
         _local.last = self.name
         return _with_value_errors(self.bwd, (*args, needs))
 
@@ -239,9 +240,10 @@ def _contiguous(x: Any) -> Any:
 class Kernels:
     """An op's kernels on every backend, looked up once per (forced backend, device)."""
 
-    def __init__(self, op: str, reference: Kernel, reference_bwd: Kernel) -> None:
+    def __init__(self, op: str, *reference: Kernel) -> None:
+        """With the reference of each direction: of both, or of a lookup the only one."""
         self.op = op
-        self._reference = (reference, reference_bwd)
+        self._reference = reference
         self._chosen: dict[tuple[str | None, str], Chosen] = {}
 
     def choose(self, device: str, name: str | None = None) -> Chosen:
@@ -263,6 +265,8 @@ class Kernels:
     def _find(self, device: str, name: str | None) -> Chosen:
         available = self.available(device)
         name = name or available[0]
+        if name == "triton" and len(self._reference) == 1:
+            name = "ref"  # triton's kernels have no lookups
         missing = self._missing(name, device)
         if missing:
             raise BackendError(
@@ -277,7 +281,7 @@ class Kernels:
             return f"it does not run on {device} tensors"
         return reason(name) or (None if self._load(name) else "it has no kernel for this op")
 
-    def _load(self, name: str) -> tuple[Kernel, Kernel] | tuple[()]:
+    def _load(self, name: str) -> tuple[Kernel, ...]:
         if name == "ref":
             return self._reference
         if name == "triton":
@@ -287,14 +291,13 @@ class Kernels:
             kernels = importlib.import_module(module)
             return _on_its_device(kernels.fwd), _on_its_device(kernels.bwd)
         namespace = library_namespace(name)
-        directions = self.op, f"{self.op}_bwd"
+        directions = [self.op, f"{self.op}_bwd"][: len(self._reference)]
         # the engine defines the ops of every library; whether the library holds them is its affair
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         key = "CUDA" if name == "cuda" else "CPU"
         if not all(has_kernel(f"{namespace}::{op}", key) for op in directions):
             return ()
-        fwd, bwd = (getattr(getattr(torch.ops, namespace), op).default for op in directions)
-        return fwd, bwd
+        return tuple(getattr(getattr(torch.ops, namespace), op).default for op in directions)
 
 
 def _on_its_device(kernel: Kernel) -> Kernel:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..ops.composite_tiles import composite_tiles
+from ..ops.project_gaussians import project_gaussians
+from ..ops.spherical_harmonics import spherical_harmonics
 from ..tiles import intersect_tiles
 
 __all__ = ["GaussianRasterizationSettings", "GaussianRasterizer", "install", "uninstall"]
@@ -107,7 +109,7 @@ class GaussianRasterizer(torch.nn.Module):
         if (scales is None or rotations is None) == (cov3D_precomp is None):
             raise ValueError("GaussianRasterizer: give scales and rotations, or cov3D_precomp")
         size = means3D.new_tensor([s.image_width, s.image_height])
-        splats = ops.project_gaussians(
+        splats = project_gaussians(
             means3D,
             s.viewmatrix.mT[None],
             self._intrinsics(size)[None],
@@ -124,9 +126,7 @@ class GaussianRasterizer(torch.nn.Module):
         if s.antialiasing:
             opacities = opacities * splats.compensations[0].clamp(min=_LEAST_COMPENSATION)
         if colors_precomp is None:
-            harmonics = ops.spherical_harmonics(
-                means3D - s.campos, shs, masks=seen, degree=s.sh_degree
-            )
+            harmonics = spherical_harmonics(means3D - s.campos, shs, masks=seen, degree=s.sh_degree)
             colors_precomp = (harmonics + 0.5).clamp(min=0)
         colors, background = colors_precomp, s.bg
         if s.antialiasing is not None:
@@ -145,7 +145,7 @@ class GaussianRasterizer(torch.nn.Module):
             *(_TILE, -(-s.image_width // _TILE), -(-s.image_height // _TILE)),
         )
         moved = (means2D - means2D.detach())[:, :2] * (size / 2)
-        image = ops.composite_tiles(
+        image = composite_tiles(
             *((means2d + moved)[None], conics[None], colors[None], opacities[None]),
             *(lists.tile_offsets, lists.flatten_ids),
             background=background,

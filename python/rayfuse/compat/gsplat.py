@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from ..ops.composite_tiles import composite_tiles
+from ..ops.project_gaussians import project_gaussians
+from ..ops.spherical_harmonics import spherical_harmonics as harmonics
+from ..ops.splat_covariances import splat_covariances
 from ..tiles import intersect_tiles
 from . import swap_everywhere
 
@@ -134,7 +137,7 @@ def spherical_harmonics(
 ) -> Tensor:
     """`spherical_harmonics`: colours [..., 3] of coefficients [..., K, 3] in directions [..., 3]; 0
     where masks [...] are False."""
-    return ops.spherical_harmonics(dirs, coeffs, masks=masks, degree=degrees_to_use)
+    return harmonics(dirs, coeffs, masks=masks, degree=degrees_to_use)
 
 
 def quat_scale_to_covar_preci(
@@ -146,7 +149,7 @@ def quat_scale_to_covar_preci(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`splat_covariances`, and their inverses, [..., 3, 3], or [..., 6] with `triu`."""
     covars, precis = (
-        ops.splat_covariances(quats, scales, inverse=inverse, triu=triu) if wanted else None
+        splat_covariances(quats, scales, inverse=inverse, triu=triu) if wanted else None
         for inverse, wanted in ((False, compute_covar), (True, compute_preci))
     )
     return covars, precis
@@ -189,7 +192,7 @@ def fully_fused_projection(
     if covars is not None:
         shape = dict(covars=covars)
     project = functools.partial(
-        ops.project_gaussians,
+        project_gaussians,
         image_width=width,
         image_height=height,
         eps2d=eps2d,
@@ -317,7 +320,7 @@ def rasterize_to_pixels(
     absolute = torch.zeros_like(means2d, requires_grad=True) if absgrad else None
     if absolute is not None:
         absolute.register_hook(functools.partial(setattr, means2d, "absgrad"))
-    image = ops.composite_tiles(
+    image = composite_tiles(
         *(means2d, conics, colors, opacities, isect_offsets, flatten_ids),
         background=backgrounds,
         masks=masks,
