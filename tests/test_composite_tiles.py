@@ -13,8 +13,9 @@ from rayfuse.ops.composite_tiles import TILE_PRESETS
 
 
 def pixel_by_pixel(args, options):
-    """The definition as a loop over pixels and splats: Kerbl et al. (2023), as gsplat has it; and
-    the splats of the median depths, -1 where there is none."""
+    """The definition as a loop over pixels and splats: Kerbl et al. (2023), as gsplat has it; then
+    the splats of the median depths, -1 where there is none, and of each pixel those that it
+    composites with their weights."""
     names = rayfuse.composite_tiles.op.inputs
     given = {**dict(zip(names, args, strict=True)), **options}
     constants = {**TILE_PRESETS[given.get("preset", "gsplat15")], **given}
@@ -25,7 +26,7 @@ def pixel_by_pixel(args, options):
     starts = [*offsets.flatten().tolist(), len(ids)]
     image = torch.zeros(images, height, width, args[2].shape[1], dtype=torch.float64)
     alpha, depth, median = torch.zeros(3, images, height, width, dtype=torch.float64)
-    chosen = torch.full((images, height, width), -1)
+    chosen, composited = torch.full((images, height, width), -1), []
     for i in range(images):
         for y in range(height):
             for x in range(width):
@@ -33,6 +34,7 @@ def pixel_by_pixel(args, options):
                 masks = given["masks"]
                 seen = masks is None or bool(masks.flatten()[tile])
                 T, color, far = 1.0, [0.0] * args[2].shape[1], 0.0
+                composited.append([])
                 for g in ids[starts[tile] : starts[tile + 1]] if seen else ():
                     dx = means2d[g][0] - (x + constants["pixel_center"])
                     dy = means2d[g][1] - (y + constants["pixel_center"])
@@ -46,6 +48,7 @@ def pixel_by_pixel(args, options):
                     after = T * (1 - own)
                     if after <= 1e-4 if constants["stop_at_min"] else after < 1e-4:
                         break
+                    composited[-1].append((g, own * T))
                     color = [s + own * T * v for s, v in zip(color, colors[g], strict=True)]
                     if given["depths"] is not None:
                         far += own * T * given["depths"][g].item()
@@ -59,7 +62,7 @@ def pixel_by_pixel(args, options):
                 image[i, y, x] = torch.tensor(color, dtype=torch.float64) + behind
                 alpha[i, y, x] = 1 - T
                 depth[i, y, x] = far / (1 - T) if T < 1 else 0.0
-    return image, alpha, depth, median, chosen
+    return image, alpha, depth, median, chosen, composited
 
 
 class FullTiles(Contract):
@@ -137,7 +140,7 @@ class TestCompositeTiles(FullTiles):
         for v, variant in enumerate(self.wide_variants[: 1 if emulated else 3]):
             images, N = (1, 26) if emulated else (2, 40)
             args = self.inputs((images,), torch.float64, device, seed=v, **{**self.wide, "N": N})
-            *_, median, chosen = pixel_by_pixel([x.cpu() for x in args], variant)
+            *_, median, chosen, _ = pixel_by_pixel([x.cpu() for x in args], variant)
             leaves = self.leaves(args)
             got = as_tuple(self.call(leaves, variant))[3]
             torch.testing.assert_close(got.cpu(), median)
