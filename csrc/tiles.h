@@ -56,12 +56,17 @@ struct TileCall {
 
 // The outputs, uninitialised.
 struct TileOutputs {
-  Tensor image, alpha, depth;
+  Tensor image, alpha, depth, median;
 
   explicit TileOutputs(const TileCall& call)
       : image(of_pixels(call, {call.colors.size(1)})),
         alpha(of_pixels(call, {})),
-        depth(of_pixels(call, {})) {}
+        depth(of_pixels(call, {})),
+        median(of_pixels(call, {})) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tensors() const {
+    return {image, alpha, depth, median};
+  }
 
  private:
   static Tensor of_pixels(const TileCall& call, const std::vector<int64_t>& trailing) {

@@ -30,13 +30,18 @@ def gsplat():
 
 
 @pytest.fixture
-def torch_impl(gsplat, monkeypatch):
-    """Its references, of which the compositing wants nerfacc, and a kernel that picks pairs."""
+def with_nerfacc():
     nerfacc.install()
+    yield
+    nerfacc.uninstall()
+
+
+@pytest.fixture
+def torch_impl(gsplat, with_nerfacc, monkeypatch):
+    """Its references, of which the compositing wants nerfacc, and a kernel that picks pairs."""
     wrapper = importlib.import_module("gsplat.cuda._wrapper")
     monkeypatch.setattr(wrapper, "rasterize_to_indices_in_range", pairs_of_a_pixel_and_a_splat)
-    yield importlib.import_module("gsplat.cuda._torch_impl")
-    nerfacc.uninstall()
+    return importlib.import_module("gsplat.cuda._torch_impl")
 
 
 def pairs_of_a_pixel_and_a_splat(
@@ -304,6 +309,31 @@ def test_pixels(gsplat, torch_impl, D):
     close((colors[~hidden], alphas[~hidden]), [x[~hidden] for x in found])
     assert not alphas[hidden].any()
     assert torch.equal(colors[hidden], background[1].expand_as(colors[hidden]))
+
+
+def test_pairs_of_a_pixel_and_a_splat(gsplat, with_nerfacc):
+    """Of whole lists, and of a tile's number of pixels at a time, as gsplat's reference has it."""
+    s, tile = scene(), 4
+    radii, means2d, depths, conics, *_ = (x.detach() for x in projected(gsplat, s))
+    opacities = s.opacities.detach().expand(2, -1)
+    tiles = -(-W // tile), -(-H // tile)
+    _, keys, ids = gsplat.isect_tiles(means2d, 2 * radii, depths, tile, *tiles)
+    rest = W, H, tile, gsplat.isect_offset_encode(keys, 2, *tiles), ids
+    splats = means2d, conics, opacities
+    light = torch.ones(2, H, W, dtype=torch.float64)
+    wrapper = importlib.import_module("gsplat.cuda._wrapper")
+    found = wrapper.rasterize_to_indices_in_range(0, 10**6, light, *splats, *rest)
+    wanted = pairs_of_a_pixel_and_a_splat(0, 10**6, light, *splats, *rest)
+    assert all(map(torch.equal, found, wanted))
+
+    composite = importlib.import_module("gsplat.cuda._torch_impl")._rasterize_to_pixels
+    parts, whole = (
+        composite(means2d, conics, s.colors.expand(2, -1, -1), opacities, *rest, batch_per_iter=n)
+        for n in (1, 100)
+    )
+    lengths = rest[3].flatten().diff()
+    assert lengths.max() > tile**2
+    close(parts, whole, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -13,7 +13,9 @@ from rayfuse.ops.composite_tiles import TILE_PRESETS
 
 
 def pixel_by_pixel(args, options):
-    """The definition as a loop over pixels and splats: Kerbl et al. (2023), as gsplat has it."""
+    """The definition as a loop over pixels and splats: Kerbl et al. (2023), as gsplat has it; then
+    the splats of the median depths, -1 where there is none, and of each pixel those that it
+    composites with their weights."""
     names = rayfuse.composite_tiles.op.inputs
     given = {**dict(zip(names, args, strict=True)), **options}
     constants = {**TILE_PRESETS[given.get("preset", "gsplat15")], **given}
@@ -23,7 +25,8 @@ def pixel_by_pixel(args, options):
     images, Y, X = offsets.shape
     starts = [*offsets.flatten().tolist(), len(ids)]
     image = torch.zeros(images, height, width, args[2].shape[1], dtype=torch.float64)
-    alpha, depth = (torch.zeros(images, height, width, dtype=torch.float64) for _ in range(2))
+    alpha, depth, median = torch.zeros(3, images, height, width, dtype=torch.float64)
+    chosen, composited = torch.full((images, height, width), -1), []
     for i in range(images):
         for y in range(height):
             for x in range(width):
@@ -31,6 +34,7 @@ def pixel_by_pixel(args, options):
                 masks = given["masks"]
                 seen = masks is None or bool(masks.flatten()[tile])
                 T, color, far = 1.0, [0.0] * args[2].shape[1], 0.0
+                composited.append([])
                 for g in ids[starts[tile] : starts[tile + 1]] if seen else ():
                     dx = means2d[g][0] - (x + constants["pixel_center"])
                     dy = means2d[g][1] - (y + constants["pixel_center"])
@@ -44,9 +48,13 @@ def pixel_by_pixel(args, options):
                     after = T * (1 - own)
                     if after <= 1e-4 if constants["stop_at_min"] else after < 1e-4:
                         break
+                    composited[-1].append((g, own * T))
                     color = [s + own * T * v for s, v in zip(color, colors[g], strict=True)]
                     if given["depths"] is not None:
                         far += own * T * given["depths"][g].item()
+                        if T > 0.5:
+                            median[i, y, x] = given["depths"][g].item()
+                            chosen[i, y, x] = g
                     T = after
                 behind = 0.0
                 if given["background"] is not None:
@@ -54,7 +62,7 @@ def pixel_by_pixel(args, options):
                 image[i, y, x] = torch.tensor(color, dtype=torch.float64) + behind
                 alpha[i, y, x] = 1 - T
                 depth[i, y, x] = far / (1 - T) if T < 1 else 0.0
-    return image, alpha, depth
+    return image, alpha, depth, median, chosen, composited
 
 
 class FullTiles(Contract):
@@ -123,8 +131,30 @@ class TestCompositeTiles(FullTiles):
             args[3][:4] = 1
             with rayfuse.use_backend("ref"):
                 got = self.outputs(args, variant)
-            for ours, want in zip(got, pixel_by_pixel(args, variant), strict=True):
+            for ours, want in zip(got, pixel_by_pixel(args, variant)[:4], strict=True):
                 torch.testing.assert_close(ours, want)
+
+    def test_gradient_of_the_median_goes_to_the_depth_of_its_splat(self, forced_backend, device):
+        at = self.spec.inputs.index("depths")
+        emulated = forced_backend in EMULATED
+        for v, variant in enumerate(self.wide_variants[: 1 if emulated else 3]):
+            images, N = (1, 26) if emulated else (2, 40)
+            args = self.inputs((images,), torch.float64, device, seed=v, **{**self.wide, "N": N})
+            *_, median, chosen, _ = pixel_by_pixel([x.cpu() for x in args], variant)
+            leaves = self.leaves(args)
+            got = as_tuple(self.call(leaves, variant))[3]
+            torch.testing.assert_close(got.cpu(), median)
+            d_median = torch.rand(got.shape, dtype=got.dtype, generator=torch.manual_seed(v))
+            wanted = [leaves[i] for i in self.differentiable()]
+            d_median = d_median.to(device)
+            grads = torch.autograd.grad(got, wanted, d_median, materialize_grads=True)
+            met = chosen.flatten() >= 0
+            want = torch.zeros(len(args[at]), dtype=torch.float64).index_add_(
+                0, chosen.flatten()[met], d_median.cpu().flatten()[met]
+            )
+            for i, grad in zip(self.differentiable(), grads, strict=True):
+                right = want.to(device) if i == at else torch.zeros_like(grad)
+                torch.testing.assert_close(grad, right)
 
     def test_long_lists_are_as_right_as_torch(self, forced_backend, device):
         N = 26 if forced_backend in EMULATED else 100
@@ -296,6 +326,24 @@ class TestCompositeTiles(FullTiles):
         out.alpha.sum().backward()
         torch.testing.assert_close(o.grad, torch.tensor([0.0, 0.001], device=device))
         torch.testing.assert_close(out.alpha.item(), 1 - 0.0005)
+
+    @pytest.mark.parametrize(
+        ("opacities", "median"),
+        [
+            ([0.25, 0.25, 0.25, 0.25], 3),  # T of the third is 9/16, of the fourth 27/64
+            ([0.5, 0.25], 1),  # T of the second is 1/2
+            ([0.25, 0.125], 2),  # half of the light is never stopped
+            ([0.001, 0.75, 0.75], 2),  # the first is passed over
+            ([0.001], 0),
+            ([0.02] * 40, 35),
+        ],
+        ids=lambda x: str(x)[:18],
+    )
+    def test_median_is_the_last_splat_that_more_than_half_of_the_light_comes_to(
+        self, forced_backend, device, opacities, median
+    ):
+        out, _ = self.one_pixel(device, opacities)
+        assert out.median_depth.item() == median
 
     def test_second_splat_at_the_limit_ends_the_pixel_of_gsplat(self, forced_backend, device):
         """(1 - 0.99)^2 <= 1e-4 in float32: it is left out, and so is what follows."""

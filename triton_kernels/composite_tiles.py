@@ -1,5 +1,6 @@
 # Tile compositing, the formulas of csrc/cpu/composite_tiles.cpp: w_i = alpha_i T_i, T_{i+1} = T_i
-# (1 - alpha_i); image = sum_i w_i c_i + T bg, alpha = sum_i w_i, depth = sum_i w_i z_i / alpha.
+# (1 - alpha_i); image = sum_i w_i c_i + T bg, alpha = sum_i w_i, depth = sum_i w_i z_i / alpha,
+# median = z_i of the last i with T_i > 1/2.
 # A program owns a tile, and goes along its list BLOCK_K splats at a time with all pixels of the
 # tile: alphas, and sums over channels or pixels, of a block at once, T along it splat by splat.
 # Forward: a program for every BLOCK_C channels. Backward: once forward for T before each block,
@@ -115,17 +116,26 @@ def _moved(x, by: tl.constexpr, edge):
 
 @triton.jit
 def _weigh(alpha, passing, live, ending):
-    """Weights of a block of splats, and T and who goes on behind it."""
+    """Weights of a block of splats, T before each, and T and who goes on behind the block."""
     K: tl.constexpr = alpha.shape[0]
     k = tl.arange(0, K)[:, None]
     through = tl.cumprod(1 - alpha, 0)
     after = passing[None, :] * through
     end = tl.min(tl.where(live[None, :] & (after > ending), K, k), 0)
     met = k < end[None, :]
-    weight = tl.where(met, alpha * passing[None, :] * _moved(through, -1, 1.0), 0.0)
+    before = passing[None, :] * _moved(through, -1, 1.0)
+    weight = tl.where(met, alpha * before, 0.0)
     # which falls along the block
     passing = tl.min(tl.where(met, after, passing[None, :]), 0)
-    return weight, passing, end == K
+    return weight, before, passing, end == K
+
+
+@triton.jit
+def _halfway(halfway, weight, before, i):
+    """The place in the list of the median, -1 for none, after a block of splats from i on."""
+    k = i + tl.arange(0, weight.shape[0])
+    early = (weight > 0) & (before > 0.5)
+    return tl.maximum(halfway, tl.max(tl.where(early, k[:, None], -1), 0))
 
 
 @triton.jit
@@ -133,6 +143,7 @@ def composite_tiles_fwd_kernel(
     image_ptr,  # [I, H, W, D]
     opacity_ptr,  # [I, H, W]
     depth_ptr,  # [I, H, W]
+    median_ptr,  # [I, H, W]
     constants_ptr,  # [4]
     means_ptr,  # [P, 2]
     conics_ptr,  # [P, 3]
@@ -159,6 +170,7 @@ def composite_tiles_fwd_kernel(
     met = tl.zeros((PIXELS,), A)
     live = exists
     total = tl.zeros((BLOCK_C, PIXELS), A)
+    halfway = tl.full((PIXELS,), -1, tl.int32)
     i = tl.zeros((), tl.int32)
     going = n > 0
     while going:
@@ -167,8 +179,10 @@ def composite_tiles_fwd_kernel(
             means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
             min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
-        weight, passing, live = _weigh(alpha, passing, live, ending)
+        weight, before, passing, live = _weigh(alpha, passing, live, ending)
         met += tl.sum(weight, 0)
+        if HAS_DEPTHS:
+            halfway = _halfway(halfway, weight, before, i)
         color = _channels(colors_ptr, depths_ptr, g, listed, channel, D, HAS_DEPTHS, A)
         total += tl.sum(_finite(color)[:, :, None] * weight[:, None, :], 0)
         i += BLOCK_K
@@ -185,8 +199,14 @@ def composite_tiles_fwd_kernel(
     tl.store(image_ptr + at, total, mask=colored)
     if tl.program_id(1) == 0:
         tl.store(opacity_ptr + pixel, met, mask=exists)
-        if not HAS_DEPTHS:
-            tl.store(depth_ptr + pixel, tl.zeros((PIXELS,), A), mask=exists)
+        median = tl.zeros((PIXELS,), A)
+        if HAS_DEPTHS:
+            g = tl.load(ids_ptr + begin + halfway, mask=halfway >= 0, other=0)
+            g = tl.minimum(tl.maximum(g, 0), P - 1)
+            median = tl.load(depths_ptr + g, mask=halfway >= 0, other=0.0)
+        else:
+            tl.store(depth_ptr + pixel, median, mask=exists)
+        tl.store(median_ptr + pixel, median, mask=exists)
 
 
 @triton.jit
@@ -204,6 +224,7 @@ def composite_tiles_bwd_kernel(
     d_image_ptr,  # [I, H, W, D]
     d_opacity_ptr,  # [I, H, W]
     d_depth_ptr,  # [I, H, W]
+    d_median_ptr,  # [I, H, W]
     constants_ptr,  # [4]
     means_ptr,  # [P, 2]
     conics_ptr,  # [P, 3]
@@ -234,6 +255,7 @@ def composite_tiles_bwd_kernel(
     passing = tl.full((PIXELS,), 1.0, A)
     met = tl.zeros((PIXELS,), A)
     distance = tl.zeros((PIXELS,), A)
+    halfway = tl.full((PIXELS,), -1, tl.int32)
     live = exists
     i = tl.zeros((), tl.int32)
     going = n > 0
@@ -244,9 +266,10 @@ def composite_tiles_bwd_kernel(
             means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
             min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
-        weight, passing, live = _weigh(alpha, passing, live, ending)
+        weight, before, passing, live = _weigh(alpha, passing, live, ending)
         met += tl.sum(weight, 0)
         if HAS_DEPTHS:
+            halfway = _halfway(halfway, weight, before, i)
             depth = _finite(tl.load(depths_ptr + g, mask=listed, other=0.0))
             distance += tl.sum(weight * depth[:, None], 0)
         i += BLOCK_K
@@ -254,7 +277,9 @@ def composite_tiles_bwd_kernel(
 
     behind = -tl.load(d_opacity_ptr + pixel, mask=exists, other=0.0)
     d_distance = tl.zeros((PIXELS,), A)
+    d_median = tl.zeros((PIXELS,), A)
     if HAS_DEPTHS:
+        d_median = tl.load(d_median_ptr + pixel, mask=exists, other=0.0)
         d_depth = tl.load(d_depth_ptr + pixel, mask=exists & (met > 0), other=0.0)
         d_distance = d_depth / tl.where(met > 0, met, 1.0)
         behind += d_distance * (distance / tl.where(met > 0, met, 1.0))
@@ -288,8 +313,12 @@ def composite_tiles_bwd_kernel(
             min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
         kept = tl.load(kept_ptr + i // BLOCK_K * PIXELS)
-        weight, _passing, _live = _weigh(alpha, tl.abs(kept), kept >= 0, ending)
+        weight, _before, _passing, _live = _weigh(alpha, tl.abs(kept), kept >= 0, ending)
         row_ptrs = partial_ptr + place * width
+        if HAS_DEPTHS:
+            k = i + tl.arange(0, BLOCK_K)
+            d_at = tl.where(halfway[None, :] == k[:, None], d_median[None, :], 0.0)
+            d_halfway = tl.sum(d_at, 1)
         shade = tl.zeros((BLOCK_K, PIXELS), A)
         for first in range(0, C, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
@@ -297,6 +326,8 @@ def composite_tiles_bwd_kernel(
             color = _channels(colors_ptr, depths_ptr, g, listed, c, D, HAS_DEPTHS, A)
             shade += tl.sum(_finite(color)[:, :, None] * d_color[None, :, :], 1)
             d_sum = tl.sum(weight[:, None, :] * d_color[None, :, :], 2)
+            if HAS_DEPTHS:
+                d_sum += tl.where((c == D)[None, :], d_halfway[:, None], 0.0)
             stored = listed[:, None] & (c < C)[None, :]
             tl.store(row_ptrs[:, None] + MOMENTS + c[None, :], d_sum, mask=stored)
         counted = tl.where(weight > 0, alpha, 0.0)
@@ -427,7 +458,7 @@ class _Launch:
 
     def outputs(self, means2d: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
         shape = self.images, height, width
-        return tuple(means2d.new_empty(x) for x in ((*shape, self.D), shape, shape))
+        return tuple(means2d.new_empty(x) for x in ((*shape, self.D), shape, shape, shape))
 
 
 def fwd(means2d: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -444,6 +475,7 @@ def bwd(
     d_image: Tensor | None,
     d_opacity: Tensor | None,
     d_depth: Tensor | None,
+    d_median: Tensor | None,
     means2d: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
@@ -457,7 +489,7 @@ def bwd(
     shapes = launch.outputs(means2d.to("meta"), height, width)
     d_outputs = [
         means2d.new_zeros(like.shape) if d_y is None else d_y
-        for d_y, like in zip((d_image, d_opacity, d_depth), shapes, strict=True)
+        for d_y, like in zip((d_image, d_opacity, d_depth, d_median), shapes, strict=True)
     ]
     partial = means2d.new_empty(M, W)
     of_images = launch.background == "images"

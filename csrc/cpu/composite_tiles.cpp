@@ -1,257 +1,23 @@
 // Tile compositing: per pixel alpha_i = min(o_i e^-sigma_i, max_alpha) for the splats i of its
 // tile's list, w_i = alpha_i T_i with T_{i+1} = T_i (1 - alpha_i); image = sum_i w_i c_i + T bg,
-// alpha = 1 - T, depth = sum_i w_i z_i / alpha.
+// alpha = 1 - T, depth = sum_i w_i z_i / alpha, median = z_i of the last i with T_i > 1/2.
 // One thread owns a tile and goes through it by rows of 16 pixels: a row's list holds the splats
 // that reach it, T stays in registers along the list, and channels are a matrix product of weights.
 // Backward: a row's weights once more, kept in cache, then from the last splat to the first with
 // u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i + alpha_i
 // (<c_i, g> - u_i). Sums of a splat over its tile meet in the order of tiles. docs/splats.md
-#include "explog.h"
-#include "rays.h"
-#include "../math/composite_tiles.h"
-
-#include <cmath>
-#include <vector>
+#include "tile.h"
 
 namespace rayfuse {
 namespace {
 
-// The factors of 2^r for |r| <= 1/2: by Taylor's series, or for float with the degree 6 that is
-// nearest to it, where the series would need one more.
-template <class A>
-constexpr auto kExp2Factors = [] {
-  std::array<A, ExpLog<A>::kExpTerms + 2> out;
-  double term = 1;
-  for (size_t k = 0; k < out.size(); term *= 0x1.62e42fefa39efp-1 / ++k) out[k] = A(term);
-  return out;
-}();
-template <>
-constexpr std::array<float, 7> kExp2Factors<float> = {
-    1, 0x1.62e43p-1, 0x1.ebfbep-3, 0x1.c6aeccp-5, 0x1.3b29d8p-7, 0x1.5f48c8p-10, 0x1.446c7ep-13};
-
-// 2^x where that is a normal number, at two thirds of the cost of exp; nonsense elsewhere.
-template <class A>
-vec<A> exp2_of_moderate(vec<A> x) {
-  const vec<A> rounded = x + kRounder<A>;
-  const vec<A> power = polynomial<A>(x - (rounded - kRounder<A>), kExp2Factors<A>);
-  return (vec<A>)(bits_of<A>(power) + (bits_of<A>(rounded) << kMantissaBits<A>));
-}
-
-template <class A>
-constexpr A kLog2E = A(0x1.71547652b82fep+0);
-
-template <class A>
-vec<A> magnitude(vec<A> x) {
-  return x < 0 ? -x : x;
-}
-
-// Pixels of a row that are in registers at once.
-constexpr int kRow = 16;
-
-template <class A>
-struct Row {
-  static constexpr int kParts = kRow / kLanes<A>;
-  vec<A> part[kParts];
-
-  // f(0), f(1), ... of the parts, unrolled.
-  template <class F>
-  static Row each(const F& f) {
-    return [&]<int... p>(std::integer_sequence<int, p...>) {
-      return Row{{f(p)...}};
-    }(std::make_integer_sequence<int, kParts>());
-  }
-  vec<A> sum() const {
-    vec<A> total = part[0];
-    for (int p = 1; p < kParts; ++p) total += part[p];
-    return total;
-  }
-  void store_to(A* row) const {
-    for (int p = 0; p < kParts; ++p) store(row + p * kLanes<A>, part[p]);
-  }
-  static Row load_from(const A* row) {
-    return each([&](int p) { return load(row + p * kLanes<A>); });
-  }
-};
-
-// A splat with sigma in powers of 2: log2 alpha = log_opacity + dx (a dx + b dy) + c dy^2.
-template <class A>
-struct Splat {
-  A x, y, a, b, c, log_opacity;
-};
-
-// A tile, the splats of its list, and which of them reach which row.
-template <class T>
-class Tile {
- public:
-  using A = accumulator<T>;
-  using Pixels = Row<A>;
-
-  const Scene<T>& scene;
-  const int64_t C;  // channels
-  // the list is `listed` long, of which a masked tile has none
-  int64_t image = 0, x = 0, y = 0, begin = 0, listed = 0, n = 0;
-  int rows = 0, columns = 0;
-  // along the list of the row that was weighed
-  std::vector<Pixels> weight, alpha;
-  Pixels transmittance = {}, opacity = {}, pixel_x = {};
-
-  explicit Tile(const Scene<T>& scene)
-      : scene(scene), C(scene.channels()), log_min_(std::log2(scene.min_alpha)) {}
-
-  void go_to(int64_t t) {
-    const int64_t per_image = scene.Y * scene.X, place = t % per_image;
-    image = t / per_image;
-    x = place % scene.X * scene.size;
-    y = place / scene.X * scene.size;
-    rows = static_cast<int>(std::min(scene.size, scene.H - y));
-    columns = static_cast<int>(std::min(scene.size, scene.W - x));
-    begin = scene.offsets[t];
-    listed = scene.list_end(t) - begin;
-    n = scene.masks && !scene.masks[t] ? 0 : listed;
-    if (n > static_cast<int64_t>(splats_.size())) {
-      splats_.resize(n);
-      color_.resize(n * C);
-      weight.resize(n);
-      alpha.resize(n);
-      list_.resize(n * scene.size);
-    }
-    const A first = static_cast<A>(x) + scene.center;
-    A centers[kRow];
-    for (int i = 0; i < kRow; ++i) centers[i] = first + i;
-    pixel_x = Pixels::load_from(centers);
-    for (int r = 0; r < rows; ++r) reach_[r] = 0;
-    for (int64_t k = 0; k < n; ++k) {
-      gather(k);
-      enlist(static_cast<int>(k), first, first + (columns - 1));
-    }
-  }
-
-  // How many of the splats of a row its pixels met before all of them ended.
-  int count() const { return count_; }
-  const Splat<A>& splat(int i) const { return splats_[here_[i]]; }
-  const A* color(int i) const { return &color_[here_[i] * C]; }
-  int place(int i) const { return here_[i]; }
-  A dy(int r, const Splat<A>& s) const { return s.y - (static_cast<A>(y + r) + scene.center); }
-
-  // Fills weight, alpha where it is to be kept, transmittance, and opacity: the sum of weights, as
-  // 1 - transmittance would have lost digits where it is small.
-  template <bool keep>
-  void weigh(int r) {
-    here_ = &list_[r * n];
-    // negative in pixels that have ended
-    Pixels passing = Pixels::each([](int) { return broadcast(A(1)); });
-    opacity = {};
-    count_ = reach_[r];
-    for (int i = 0; i < count_; ++i) {
-      const Splat<A> s = splat(i);
-      const A dy = this->dy(r, s), slope = s.b * dy, rest = s.c * dy * dy + s.log_opacity;
-      uint32_t ended = kAllLanes<A>;
-      for (int p = 0; p < Pixels::kParts; ++p) {
-        const vec<A> dx = s.x - pixel_x.part[p];
-        const vec<A> log_alpha = dx * (s.a * dx + slope) + rest;
-        const vec<A> most = exp2_of_moderate<A>(log_alpha);
-        const vec<A> capped = most < scene.max_alpha ? most : broadcast(scene.max_alpha);
-        const vec<A> here =
-            (log_alpha >= log_min_) & (log_alpha <= s.log_opacity) ? capped : vec<A>{};
-        const vec<A> before = passing.part[p], after = before * (1 - here);
-        const auto goes_on = after > scene.ending;
-        passing.part[p] = goes_on ? after : before > 0 ? -before : before;
-        const vec<A> own = goes_on ? here * before : vec<A>{};
-        weight[i].part[p] = own;
-        opacity.part[p] += own;
-        if constexpr (keep) alpha[i].part[p] = goes_on ? here : vec<A>{};
-        ended &= lanes_up_to(passing.part[p], vec<A>{});
-      }
-      if (ended == kAllLanes<A>) count_ = i + 1;
-    }
-    transmittance = Pixels::each([&](int p) { return magnitude<A>(passing.part[p]); });
-  }
-
-  // Sums of `width` channels from d on, weighted.
-  template <int width>
-  void blend(int64_t d, A* sums) const {  // [C, kRow]
-    Pixels sum[width] = {};
-    for (int i = 0; i < count_; ++i) {
-      const A* const c = color(i) + d;
-      for (int j = 0; j < width; ++j) {
-        for (int p = 0; p < Pixels::kParts; ++p) sum[j].part[p] += weight[i].part[p] * c[j];
-      }
-    }
-    for (int j = 0; j < width; ++j) sum[j].store_to(sums + (d + j) * kRow);
-  }
-  void blend_all(A* sums) const {
-    int64_t d = 0;
-    for (; d + 4 <= C; d += 4) blend<4>(d, sums);
-    if (C - d == 1) blend<1>(d, sums);
-    if (C - d == 2) blend<2>(d, sums);
-    if (C - d == 3) blend<3>(d, sums);
-  }
-
- private:
-  void gather(int64_t k) {
-    const int64_t id = scene.ids[begin + k];
-    const A *mean = scene.means2d + 2 * id, *conic = scene.conics + 3 * id;
-    const A opacity = scene.opacities[id];
-    A* const color = &color_[k * C];
-    // what is not finite, times 0, is NaN
-    A nothing = 0 * (mean[0] + mean[1] + conic[0] + conic[1] + conic[2] + opacity);
-    for (int64_t d = 0; d < scene.D; ++d) {
-      color[d] = widen(scene.colors[id * scene.D + d]);
-      nothing += 0 * color[d];
-    }
-    if (scene.depths) {
-      color[scene.D] = scene.depths[id];
-      nothing += 0 * color[scene.D];
-    }
-    const bool seen = nothing == 0 && opacity >= scene.min_alpha;
-    splats_[k] = {mean[0],
-                  mean[1],
-                  -kLog2E<A> / 2 * conic[0],
-                  -kLog2E<A> * conic[1],
-                  -kLog2E<A> / 2 * conic[2],
-                  seen ? std::log2(opacity) : -std::numeric_limits<A>::infinity()};
-  }
-
-  // Adds splat k to the lists of the rows that it may reach: those where log2 alpha is large enough
-  // at its best point between two pixel centers.
-  void enlist(int k, A left, A right) {
-    const Splat<A> s = splats_[k];
-    if (s.log_opacity < log_min_) return;
-    // what rounding may take from log2 alpha is less than this
-    constexpr A kSlack = A(0.01), kSlackOfC = 64 * std::numeric_limits<A>::epsilon();
-    A up[kLanes<A>];
-    for (int i = 0; i < kLanes<A>; ++i) up[i] = i;
-    for (int r = 0; r < rows; r += kLanes<A>) {
-      const vec<A> dy = s.y - (load(up) + (static_cast<A>(y + r) + scene.center));
-      const vec<A> vertex = dy * (s.b / (-2 * s.a));
-      const vec<A> dx = clamp<A>(vertex, s.x - right, s.x - left), curve = s.c * dy * dy;
-      const vec<A> best = dx * (s.a * dx + s.b * dy) + curve + s.log_opacity;
-      const vec<A> bound = log_min_ - kSlack + kSlackOfC * curve;
-      uint32_t reached = s.a < 0 ? lanes_up_to(bound, best) : kAllLanes<A>;
-      if (rows - r < kLanes<A>) reached &= (1u << (rows - r)) - 1;
-      for (; reached; reached &= reached - 1) {
-        const int row = r + __builtin_ctz(reached);
-        list_[row * n + reach_[row]++] = k;
-      }
-    }
-  }
-
-  const A log_min_;
-  std::vector<Splat<A>> splats_;
-  std::vector<A> color_;
-  // the lists of all rows, and how long they are
-  std::vector<int> list_;
-  int reach_[kRow];
-  const int* here_ = nullptr;
-  int count_ = 0;
-};
-
 // Tiles first..last.
 template <class T>
 RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene,
-                              accumulator<T>* image,    // [I, H, W, D]
-                              accumulator<T>* opacity,  // [I, H, W]
-                              accumulator<T>* depth) {  // [I, H, W]
+                              accumulator<T>* image,     // [I, H, W, D]
+                              accumulator<T>* opacity,   // [I, H, W]
+                              accumulator<T>* depth,     // [I, H, W]
+                              accumulator<T>* median) {  // [I, H, W]
   using A = accumulator<T>;
   Tile<T> tile(scene);
   const int64_t D = scene.D;
@@ -260,11 +26,11 @@ RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
     for (int r = 0; r < tile.rows; ++r) {
-      tile.template weigh<false>(r);
+      tile.template weigh<false>(r, scene.depths);
       tile.blend_all(sums.data());
       tile.transmittance.store_to(passing);
       tile.opacity.store_to(met);
-      const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.x;
+      const int64_t row = tile.index(r);
       for (int i = 0; i < tile.columns; ++i) {
         const A* const background = scene.background_at(tile.image, row + i);
         for (int64_t d = 0; d < D; ++d) {
@@ -272,7 +38,9 @@ RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene
           image[(row + i) * D + d] = sums[d * kRow + i] + behind;
         }
         opacity[row + i] = met[i];
-        depth[row + i] = scene.depths && met[i] > 0 ? sums[D * kRow + i] / met[i] : A(0);
+        const bool far = scene.depths && met[i] > 0;
+        depth[row + i] = far ? sums[D * kRow + i] / met[i] : A(0);
+        median[row + i] = far ? tile.color(tile.median(i))[D] : A(0);
       }
     }
   }
@@ -300,7 +68,7 @@ struct RowGradients {
       distance.resize(tile.C * kRow);
       tile.template blend<1>(D, distance.data());
     }
-    const int64_t row = (tile.image * scene.H + tile.y + r) * scene.W + tile.x;
+    const int64_t row = tile.index(r);
     for (int i = 0; i < tile.columns; ++i) {
       const A* const background = scene.background_at(tile.image, row + i);
       A through = d.opacity ? -d.opacity[row + i] : A(0);
@@ -343,6 +111,7 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
   Tile<T> tile(scene);
   RowGradients<T> row;
   const int64_t C = tile.C, moments = scene.moments(), width = scene.sums();
+  const A* const d_median = scene.depths ? d_outputs.median : nullptr;
   std::vector<vec<A>> sums;
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
@@ -351,8 +120,13 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
         d_background ? d_background + (scene.background_of_pixels ? 0 : t * scene.D) : nullptr;
     if (d_own && !scene.background_of_pixels) std::fill(d_own, d_own + scene.D, A(0));
     for (int r = 0; r < tile.rows; ++r) {
-      tile.template weigh<true>(r);
+      tile.template weigh<true>(r, d_median);
       row.gather(tile, r, d_outputs, d_own);
+      for (int i = 0; d_median && i < tile.columns; ++i) {
+        const int median = tile.median(i);
+        if (median < 0) continue;
+        sums[tile.place(median) * width + moments + scene.D][0] += d_median[tile.index(r) + i];
+      }
       const A* const g = row.channels.data();
       Pixels behind = row.behind;
       for (int i = tile.count() - 1; i >= 0; --i) {
@@ -441,64 +215,18 @@ void add_up_tiles(const Scene<T>& scene, const accumulator<T>* of_tiles,  // [ti
 }  // namespace
 }  // namespace rayfuse
 
-#include "registration.h"
-#include "../tiles.h"
+#include "tile_calls.h"
 
 namespace rayfuse {
 namespace {
 
-// Here a look at all values costs no synchronisation, and wrong ones would lead out of bounds.
-void check_lists(const Tensor& tile_offsets, const Tensor& flatten_ids, int64_t P) {
-  const auto* const offsets = data<int64_t>(tile_offsets);
-  const auto* const ids = data<int64_t>(flatten_ids);
-  const int64_t tiles = tile_offsets.numel(), M = flatten_ids.numel();
-  const auto fail = [](const char* rule, int64_t got) {
-    throw std::runtime_error(std::string("composite_tiles: ") + rule + ", got " +
-                             std::to_string(got));
-  };
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t least = t ? offsets[t - 1] : 0, most = t ? M : 0;
-    if (offsets[t] < least || offsets[t] > most) {
-      fail("tile_offsets must rise from 0 to the length of flatten_ids", offsets[t]);
-    }
-  }
-  for (int64_t m = 0; m < M; ++m) {
-    if (ids[m] < 0 || ids[m] >= P) fail("flatten_ids must be indices of splats", ids[m]);
-  }
-}
-
-// Calls f(first tile, last tile + 1) on torch's threads, for about as much work each.
-template <class T, class F>
-void for_tiles(const Scene<T>& scene, const F& f) {
-  // a tile costs as much as this many splats before it has any
-  constexpr int64_t kTileWork = 8;
-  const int64_t tiles = scene.tiles();
-  const auto first_from = [&](int64_t work) {
-    int64_t begin = 0, end = tiles;
-    while (begin < end) {
-      const int64_t t = begin + (end - begin) / 2;
-      if (scene.offsets[t] + t * kTileWork < work) {
-        begin = t + 1;
-      } else {
-        end = t;
-      }
-    }
-    return begin;
-  };
-  torch::stable::parallel_for(
-      0, scene.M + tiles * kTileWork, 1 << 8,
-      [&](int64_t begin, int64_t end) { f(first_from(begin), first_from(end)); });
-}
-
-std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& conics,
-                                       const Tensor& colors, const Tensor& opacities,
-                                       const Tensor& tile_offsets, const Tensor& flatten_ids,
-                                       const MaybeTensor& depths, const MaybeTensor& background,
-                                       const MaybeTensor& masks, const MaybeTensor& absgrad,
-                                       int64_t image_width, int64_t image_height, int64_t tile_size,
-                                       double max_alpha, double min_alpha, double min_transmittance,
-                                       double pixel_center, bool stop_at_min) {
-  check_lists(tile_offsets, flatten_ids, means2d.size(0));
+std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(
+    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
+    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
+    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
+    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
+    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min) {
+  check_lists("composite_tiles", tile_offsets, flatten_ids, means2d.size(0));
   const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
                       flatten_ids,       depths,       background, masks,     absgrad,
                       image_width,       image_height, tile_size,  max_alpha, min_alpha,
@@ -508,23 +236,23 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
     using A = accumulator<decltype(type)>;
     const auto scene = call.scene<decltype(type)>();
     A *image = mutable_data<A>(out.image), *alpha = mutable_data<A>(out.alpha),
-      *depth = mutable_data<A>(out.depth);
+      *depth = mutable_data<A>(out.depth), *median = mutable_data<A>(out.median);
     for_tiles(scene, [&](int64_t first, int64_t last) {
-      composite(first, last, scene, image, alpha, depth);
+      composite(first, last, scene, image, alpha, depth, median);
     });
   });
-  return {out.image, out.alpha, out.depth};
+  return out.tensors();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const MaybeTensor& d_image, const MaybeTensor& d_alpha, const MaybeTensor& d_depth,
-    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
-    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
-    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
-    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
-    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min,
-    int64_t needs) {
-  check_lists(tile_offsets, flatten_ids, means2d.size(0));
+    const MaybeTensor& d_median, const Tensor& means2d, const Tensor& conics, const Tensor& colors,
+    const Tensor& opacities, const Tensor& tile_offsets, const Tensor& flatten_ids,
+    const MaybeTensor& depths, const MaybeTensor& background, const MaybeTensor& masks,
+    const MaybeTensor& absgrad, int64_t image_width, int64_t image_height, int64_t tile_size,
+    double max_alpha, double min_alpha, double min_transmittance, double pixel_center,
+    bool stop_at_min, int64_t needs) {
+  check_lists("composite_tiles", tile_offsets, flatten_ids, means2d.size(0));
   const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
                       flatten_ids,       depths,       background, masks,     absgrad,
                       image_width,       image_height, tile_size,  max_alpha, min_alpha,
@@ -534,7 +262,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     using T = decltype(type);
     using A = accumulator<T>;
     const auto scene = call.scene<T>(needs);
-    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
+    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth),
+                                data<A>(d_median)};
     const auto d_inputs = d.outgoing<T>();
     const Tensor sums = empty(means2d, {scene.M, scene.sums()}, dtype_of(means2d));
     A* const partial = mutable_data<A>(sums);

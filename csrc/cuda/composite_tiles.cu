@@ -1,140 +1,20 @@
 // Tile compositing: per pixel alpha_i = min(o_i e^-sigma_i, max_alpha) for the splats i of its
 // tile's list, w_i = alpha_i T_i with T_{i+1} = T_i (1 - alpha_i); image = sum_i w_i c_i + T bg,
-// alpha = sum_i w_i, depth = sum_i w_i z_i / alpha.
+// alpha = sum_i w_i, depth = sum_i w_i z_i / alpha, median = z_i of the last i with T_i > 1/2.
 // A block owns a tile, a thread a pixel; kBatch splats at a time are in shared memory. Forward: a
 // block for every kChannels channels. Backward: once forward for T before each batch, once back
 // with u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i + alpha_i
 // (<c_i, g> - u_i); a tile's sums of a splat are added up by a second kernel. docs/splats.md
 #include "launch.h"
-#include "rays.h"
-#include "../math/composite_tiles.h"
-
-#include <cmath>
+#include "tile.h"
 
 namespace rayfuse {
 namespace {
 
-constexpr int kBatch = 16;
-// Threads that look at the channels of a splat together.
-constexpr int kTeam = 16;
 constexpr int kWarps = kBlock / kWarp;
 // Sums of a splat that warps exchange at a time.
 constexpr int kExchanged = 8;
 static_assert(kExchanged >= kMoments + 2);
-
-// A list within flatten_ids and ids of splats, whatever the tensors hold.
-struct List {
-  int64_t begin, listed, n;
-
-  template <class T>
-  __device__ List(const Scene<T>& scene, int64_t t) {
-    begin = min(max(scene.offsets[t], int64_t{0}), scene.M);
-    listed = max(min(scene.list_end(t), scene.M) - begin, int64_t{0});
-    n = scene.masks && !scene.masks[t] ? 0 : listed;
-  }
-};
-template <class T>
-__device__ int64_t splat_at(const Scene<T>& scene, int64_t place) {
-  return min(max(scene.ids[place], int64_t{0}), scene.P - 1);
-}
-
-template <class T>
-__device__ accumulator<T> channel_of(const Scene<T>& scene, int64_t id, int64_t c) {
-  return c < scene.D ? widen(scene.colors[id * scene.D + c]) : scene.depths[id];
-}
-
-// The pixel of a thread.
-template <class T>
-struct Pixel {
-  using A = accumulator<T>;
-
-  int64_t image, index;
-  A x, y;
-  bool exists;
-
-  // Tiles are fewer than 2^31, and divisions of 64 bits are calls.
-  __device__ Pixel(const Scene<T>& scene, unsigned t) {
-    const unsigned of_image = static_cast<unsigned>(scene.Y * scene.X);
-    const unsigned across = static_cast<unsigned>(scene.X), tile = t % of_image;
-    const int size = static_cast<int>(scene.size), rank = threadIdx.x;
-    const int64_t column = int64_t{tile % across} * size + rank % size;
-    const int64_t row = int64_t{tile / across} * size + rank / size;
-    image = t / of_image;
-    index = (image * scene.H + row) * scene.W + column;
-    x = static_cast<A>(column) + scene.center;
-    y = static_cast<A>(row) + scene.center;
-    exists = rank < size * size && column < scene.W && row < scene.H;
-  }
-};
-
-// Splats of a list in shared memory; those that are passed over have opacity 0.
-template <class T>
-struct Batch {
-  using A = accumulator<T>;
-
-  A x[kBatch], y[kBatch], a[kBatch], b[kBatch], c[kBatch], opacity[kBatch];
-  int64_t id[kBatch];
-
-  // All threads of the block, kTeam for a splat.
-  __device__ void load(const Scene<T>& scene, int64_t first, int64_t count) {
-    const int lane = threadIdx.x % kTeam;
-    for (int k = threadIdx.x / kTeam; k < kBatch; k += blockDim.x / kTeam) {
-      const bool listed = k < count;
-      const int64_t own = listed ? splat_at(scene, first + k) : 0;
-      A own_x = 0, own_y = 0, own_a = 0, own_b = 0, own_c = 0, own_opacity = 0, nothing = 0;
-      if (listed) {
-        own_x = scene.means2d[2 * own];
-        own_y = scene.means2d[2 * own + 1];
-        own_a = scene.conics[3 * own];
-        own_b = scene.conics[3 * own + 1];
-        own_c = scene.conics[3 * own + 2];
-        own_opacity = scene.opacities[own];
-        // what is not finite, times 0, is NaN
-        nothing = 0 * (own_x + own_y + own_a + own_b + own_c + own_opacity);
-        for (int64_t d = lane; d < scene.channels(); d += kTeam) {
-          nothing += 0 * channel_of(scene, own, d);
-        }
-      }
-#pragma unroll
-      for (int lanes = kTeam / 2; lanes > 0; lanes /= 2) {
-        nothing += __shfl_xor_sync(kAllLanes, nothing, lanes);
-      }
-      if (lane > 0) continue;
-      const bool seen = nothing == 0;
-      id[k] = own;
-      x[k] = seen ? own_x : A(0);
-      y[k] = seen ? own_y : A(0);
-      a[k] = seen ? own_a : A(0);
-      b[k] = seen ? own_b : A(0);
-      c[k] = seen ? own_c : A(0);
-      opacity[k] = seen ? own_opacity : A(0);
-    }
-  }
-
-  __device__ A alpha(const Scene<T>& scene, int k, const Pixel<T>& pixel) const {
-    const A dx = x[k] - pixel.x, dy = y[k] - pixel.y;
-    const A sigma = A(0.5) * (a[k] * dx * dx + c[k] * dy * dy) + b[k] * dx * dy;
-    const A most = opacity[k] * std::exp(-sigma);
-    return sigma >= 0 && most >= scene.min_alpha ? (most < scene.max_alpha ? most : scene.max_alpha)
-                                                 : A(0);
-  }
-};
-
-// Along the list of a pixel.
-template <class A>
-struct Passing {
-  A transmittance = 1;
-  bool ended;
-
-  // The part of this alpha that counts: all, or nothing where the pixel has ended.
-  __device__ A meet(A alpha, A ending) {
-    const A after = transmittance * (1 - alpha);
-    ended = ended || !(after > ending);
-    if (ended) return 0;
-    transmittance = after;
-    return alpha;
-  }
-};
 
 // Of the splats of a batch, a block's channels; 0 where there are fewer.
 template <int kChannels, class T>
@@ -162,9 +42,10 @@ constexpr int kBlocks = (kChannels > 4 ? 8 : 16) / sizeof(accumulator<T>);
 template <int kChannels, class T>
 __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
     composite_tiles_fwd_kernel(Scene<T> scene,
-                               accumulator<T>* __restrict__ image,    // [I, H, W, D]
-                               accumulator<T>* __restrict__ opacity,  // [I, H, W]
-                               accumulator<T>* __restrict__ depth) {  // [I, H, W]
+                               accumulator<T>* __restrict__ image,     // [I, H, W, D]
+                               accumulator<T>* __restrict__ opacity,   // [I, H, W]
+                               accumulator<T>* __restrict__ depth,     // [I, H, W]
+                               accumulator<T>* __restrict__ median) {  // [I, H, W]
   using A = accumulator<T>;
   __shared__ Batch<T> batch;
   __shared__ Channels<kChannels, T> channels;
@@ -176,6 +57,8 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
   const Pixel<T> pixel(scene, t);
   Passing<A> passing{1, !pixel.exists};
   A sum[kChannels] = {}, met = 0;
+  // the place in the list of the median; lists are shorter than 2^31
+  int halfway = -1;
   for (int64_t first = 0; first < list.n; first += kBatch) {
     if (__syncthreads_and(passing.ended)) break;
     batch.load(scene, list.begin + first, list.n - first);
@@ -186,6 +69,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
       const A weight = passing.meet(batch.alpha(scene, k, pixel), scene.ending) * before;
       if (weight == 0) continue;
       met += weight;
+      if (before > A(0.5)) halfway = static_cast<int>(first) + k;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) sum[c] += weight * channels.value[k][c];
     }
@@ -205,6 +89,8 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
   if (first_channel > 0) return;
   opacity[pixel.index] = met;
   if (!scene.depths) depth[pixel.index] = 0;
+  median[pixel.index] =
+      scene.depths && halfway >= 0 ? scene.depths[splat_at(scene, list.begin + halfway)] : A(0);
 }
 
 // Sums over the block, of the splats of a batch: every warp adds up its own, and leaves them here.
@@ -254,6 +140,7 @@ __global__ void __launch_bounds__(kBlock)
   kept += (list.begin / kBatch + t) * blockDim.x + threadIdx.x;
   partial += list.begin * width;
   const bool far = scene.depths && d.depth;
+  int halfway = -1;
 
   Passing<A> passing{1, !pixel.exists};
   A met = 0, distance = 0;
@@ -269,6 +156,7 @@ __global__ void __launch_bounds__(kBlock)
       const A weight = passing.meet(batch.alpha(scene, k, pixel), scene.ending) * before;
       met += weight;
       if (far && weight > 0) distance += weight * scene.depths[batch.id[k]];
+      if (weight > 0 && before > A(0.5)) halfway = static_cast<int>(first) + k;
     }
   }
   for (int64_t i = batches * kBatch * width + threadIdx.x; i < list.listed * width;
@@ -284,6 +172,7 @@ __global__ void __launch_bounds__(kBlock)
     d_distance = d.depth[pixel.index] / met;
     behind += d_distance * (distance / met);
   }
+  const A d_median = d.median && pixel.exists ? d.median[pixel.index] : A(0);
   for (int64_t c = 0; d_image && background && c < D; ++c) behind += background[c] * d_image[c];
   if (d_background && d_image) {
     for (int64_t c = 0; c < D; ++c) {
@@ -352,8 +241,12 @@ __global__ void __launch_bounds__(kBlock)
       const int64_t count = min(C - c, int64_t{kExchanged});
       for (int i = 0; i < count; ++i) {
         const A g = d_channel(c + i);
+        const A at_half = c + i == D ? d_median : A(0);
 #pragma unroll
-        for (int k = 0; k < kBatch; ++k) exchange.put(k, i, weight[k] * g, any >> k & 1);
+        for (int k = 0; k < kBatch; ++k) {
+          const A own = weight[k] * g + (halfway - first == k ? at_half : A(0));
+          exchange.put(k, i, own, any >> k & 1);
+        }
       }
       exchange.write(rows, list.n - first, width, moments + c, count);
     }
@@ -449,19 +342,12 @@ void zero(Tensor x) {
   if (x.numel()) torch::stable::zero_(x);
 }
 
-// Whole warps for a tile.
-int threads_of(int64_t tile_size) {
-  return static_cast<int>((tile_size * tile_size + kWarp - 1) / kWarp * kWarp);
-}
-
-std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& conics,
-                                       const Tensor& colors, const Tensor& opacities,
-                                       const Tensor& tile_offsets, const Tensor& flatten_ids,
-                                       const MaybeTensor& depths, const MaybeTensor& background,
-                                       const MaybeTensor& masks, const MaybeTensor& absgrad,
-                                       int64_t image_width, int64_t image_height, int64_t tile_size,
-                                       double max_alpha, double min_alpha, double min_transmittance,
-                                       double pixel_center, bool stop_at_min) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(
+    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
+    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
+    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
+    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
+    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min) {
   const Device device(means2d);
   const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
                       flatten_ids,       depths,       background, masks,     absgrad,
@@ -476,7 +362,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
       const int64_t chunks = std::max<int64_t>((scene.channels() + kChannels - 1) / kChannels, 1);
       launch({scene.tiles() * chunks, threads_of(tile_size), 0, device.stream()},
              composite_tiles_fwd_kernel<kChannels, T>, scene, mutable_data<A>(out.image),
-             mutable_data<A>(out.alpha), mutable_data<A>(out.depth));
+             mutable_data<A>(out.alpha), mutable_data<A>(out.depth), mutable_data<A>(out.median));
     };
     if (scene.channels() <= 4) {
       start(std::integral_constant<int, 4>());
@@ -484,17 +370,17 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& means2d, const Tensor& coni
       start(std::integral_constant<int, 32>());
     }
   });
-  return {out.image, out.alpha, out.depth};
+  return out.tensors();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const MaybeTensor& d_image, const MaybeTensor& d_alpha, const MaybeTensor& d_depth,
-    const Tensor& means2d, const Tensor& conics, const Tensor& colors, const Tensor& opacities,
-    const Tensor& tile_offsets, const Tensor& flatten_ids, const MaybeTensor& depths,
-    const MaybeTensor& background, const MaybeTensor& masks, const MaybeTensor& absgrad,
-    int64_t image_width, int64_t image_height, int64_t tile_size, double max_alpha,
-    double min_alpha, double min_transmittance, double pixel_center, bool stop_at_min,
-    int64_t needs) {
+    const MaybeTensor& d_median, const Tensor& means2d, const Tensor& conics, const Tensor& colors,
+    const Tensor& opacities, const Tensor& tile_offsets, const Tensor& flatten_ids,
+    const MaybeTensor& depths, const MaybeTensor& background, const MaybeTensor& masks,
+    const MaybeTensor& absgrad, int64_t image_width, int64_t image_height, int64_t tile_size,
+    double max_alpha, double min_alpha, double min_transmittance, double pixel_center,
+    bool stop_at_min, int64_t needs) {
   const Device device(means2d);
   const TileCall call{means2d,           conics,       colors,     opacities, tile_offsets,
                       flatten_ids,       depths,       background, masks,     absgrad,
@@ -507,7 +393,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     using T = decltype(type);
     using A = accumulator<T>;
     const auto scene = call.scene<T>(needs);
-    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth)};
+    const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth),
+                                data<A>(d_median)};
     const int64_t tiles = scene.tiles(), ID = scene.I * scene.D;
     const int threads = threads_of(tile_size);
     const Tensor kept = empty(means2d, {scene.M / kBatch + tiles, threads}, dtype_of(means2d));

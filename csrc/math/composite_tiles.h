@@ -25,6 +25,7 @@ struct Scene {
   const A* depths;         // [P] or null
   const A* background;     // [I, D], [I, H, W, D] or null
   const int64_t* masks;    // [I, Y, X] or null
+  const A* begun;          // [I, H, W] transmittance before the lists; or null for 1
   int64_t P, D, I, Y, X, M, H, W, size;
   bool background_of_pixels;
   // whether the backward wants the sums of |d_means2d|
@@ -52,6 +53,7 @@ struct Incoming {
   const A* image;    // [I, H, W, D]
   const A* opacity;  // [I, H, W]
   const A* depth;    // [I, H, W]
+  const A* median;   // [I, H, W]
 };
 
 // The gradients of the splats, null where they are not wanted.

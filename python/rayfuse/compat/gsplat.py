@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..lookups.tile_contributors import tile_contributors
 from ..ops.composite_tiles import composite_tiles
 from ..ops.project_gaussians import project_gaussians
 from ..ops.spherical_harmonics import spherical_harmonics as harmonics
@@ -29,6 +30,7 @@ __all__ = [
     "isect_offset_encode",
     "isect_tiles",
     "quat_scale_to_covar_preci",
+    "rasterize_to_indices_in_range",
     "rasterize_to_pixels",
     "spherical_harmonics",
     "uninstall",
@@ -44,6 +46,7 @@ _REPLACED = {
         "isect_offset_encode",
         "isect_tiles",
         "quat_scale_to_covar_preci",
+        "rasterize_to_indices_in_range",
         "rasterize_to_pixels",
         "spherical_harmonics",
     ),
@@ -52,7 +55,6 @@ _REPLACED = {
 _CUDA_ONLY = (
     "fully_fused_projection_2dgs",
     "fully_fused_projection_with_ut",
-    "rasterize_to_indices_in_range",
     "rasterize_to_indices_in_range_2dgs",
     "rasterize_to_pixels_2dgs",
     "rasterize_to_pixels_eval3d",
@@ -330,6 +332,47 @@ def rasterize_to_pixels(
         tile_size=tile_size,
     )
     return image.colors, image.alpha[..., None]
+
+
+@torch.no_grad()
+def rasterize_to_indices_in_range(
+    range_start: int,
+    range_end: int,
+    transmittances: Tensor,
+    means2d: Tensor,
+    conics: Tensor,
+    opacities: Tensor,
+    image_width: int,
+    image_height: int,
+    tile_size: int,
+    isect_offsets: Tensor,
+    flatten_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`tile_contributors` of a part of each list: from the tile_size^2 * range_start-th splat up to
+    the tile_size^2 * range_end-th, with the transmittances [..., H, W] before them.
+
+    Returns:
+        of each pair of a pixel and a splat the Gaussian, the pixel row by row, and the image, [K].
+    """
+    begins = isect_offsets.flatten().long()
+    lengths = begins.diff(append=begins.new_tensor([len(flatten_ids)]))
+    place = torch.arange(len(flatten_ids), device=begins.device)
+    place -= begins.repeat_interleave(lengths, output_size=len(flatten_ids))
+    first, last = (tile_size**2 * i for i in (range_start, range_end))
+    lengths = lengths.clamp(max=last) - lengths.clamp(max=first)
+    found = tile_contributors(
+        *(means2d, conics, opacities),
+        (lengths.cumsum(0) - lengths).view_as(isect_offsets),
+        flatten_ids[(place >= first) & (place < last)],
+        transmittance=transmittances,
+        image_width=image_width,
+        image_height=image_height,
+        tile_size=tile_size,
+    )
+    pixels, counts = image_width * image_height, found.counts.flatten().long()
+    pixel = torch.arange(len(counts), device=counts.device)
+    pixel = pixel.repeat_interleave(counts, output_size=len(found.ids))
+    return found.ids % means2d.shape[-2], pixel % pixels, pixel // pixels
 
 
 @torch.no_grad()

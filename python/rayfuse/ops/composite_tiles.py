@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class TileComposite(NamedTuple):
     colors: Tensor  # [..., H, W, D]
     alpha: Tensor  # [..., H, W]
     depth: Tensor  # [..., H, W]
+    median_depth: Tensor  # [..., H, W]
 
 
 class _WithAbsolute(torch.autograd.Function):
@@ -197,7 +199,7 @@ class TileOp(Op):
 @op(
     "means2d[P, 2] conics[P, 3] colors[P, D] opacities[P] tile_offsets[I, Y, X] flatten_ids[M]"
     " depths?[P] background?[B, D] masks?[I, Y, X] absgrad?[P, 2] -> image[I, H, W, D]"
-    " alpha[I, H, W] depth[I, H, W]",
+    " alpha[I, H, W] depth[I, H, W] median[I, H, W]",
     domain=dict(
         opacities=unit,
         tile_offsets=_tile_starts,
@@ -231,14 +233,15 @@ def composite_tiles(
     min_transmittance: float = 1e-4,
     pixel_center: float = 0.5,
     stop_at_min: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Images of Gaussian splats: colours, opacity and depth, front to back, in one pass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images of Gaussian splats: colours, opacity and depths, front to back, in one pass.
 
     At a pixel, splats i of its tile's list have alpha_i = min(opacity_i exp(-sigma_i), max_alpha)
     with sigma_i = (a dx^2 + c dy^2) / 2 + b dx dy; those with sigma_i < 0 or alpha_i < min_alpha
     are passed over. w_i = alpha_i prod_{j<i} (1 - alpha_j), and the pixel ends before the splat
     that would bring the product to min_transmittance. colors = sum_i w_i color_i + T background,
-    alpha = 1 - T, depth = sum_i w_i depth_i / alpha (docs/splats.md).
+    alpha = 1 - T, depth = sum_i w_i depth_i / alpha, and median_depth is that of the last splat
+    that more than half of the light came to (docs/splats.md).
 
     Args:
         means2d: [..., N, 2] centres of the splats in pixels, x then y, `...` being images; or
@@ -253,7 +256,7 @@ def composite_tiles(
             int64 or int32.
 
     Keyword Args:
-        depths: [..., N] of the splats; None for depth 0 at no cost.
+        depths: [..., N] of the splats; None for depths 0 at no cost.
         background: [..., D] a colour of each image, [..., H, W, D] of each pixel, or [D] for all;
             None for black.
         masks: [..., th, tw] bool; tiles where it is False are background.
@@ -268,10 +271,11 @@ def composite_tiles(
         pixel_center: where in a pixel it is sampled, 0.5 or 0.
 
     Returns:
-        TileComposite(colors [..., H, W, D], alpha [..., H, W], depth [..., H, W]), colours
-        premultiplied, depth 0 where nothing was met; float32 for half precision inputs.
-        Differentiable in all floating point inputs, twice through the reference; an alpha at
-        max_alpha gives no gradient but that of its colour and depth.
+        TileComposite(colors [..., H, W, D], alpha [..., H, W], depth [..., H, W],
+        median_depth [..., H, W]), colours premultiplied, depths 0 where nothing was met; float32
+        for half precision inputs. Differentiable in all floating point inputs, twice through the
+        reference; an alpha at max_alpha gives no gradient but that of its colour and depth, and
+        median_depth one to the depth of its splat alone.
 
     Raises:
         ValueError: for shapes or devices that do not match, and on the CPU for lists that leave
@@ -280,76 +284,67 @@ def composite_tiles(
         NotImplementedError: under vmap: images are leading dimensions.
 
     Source:
-        Kerbl et al., 3D Gaussian Splatting (2023), eq. 3; gsplat, `rasterize_to_pixels`.
+        Kerbl et al., 3D Gaussian Splatting (2023), eq. 3; gsplat, `rasterize_to_pixels`; Huang et
+        al., 2D Gaussian Splatting (2024), for the median.
 
     Example:
         >>> import torch, rayfuse
         >>> mean, conic = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0, 1.0]])
-        >>> rayfuse.composite_tiles(
+        >>> image = rayfuse.composite_tiles(
         ...     mean, conic, torch.tensor([[2.0]]), torch.tensor([0.5]),
-        ...     torch.tensor([[0]]), torch.tensor([0]), image_width=1, image_height=1,
+        ...     torch.tensor([[0]]), torch.tensor([0]), depths=torch.tensor([4.0]),
+        ...     image_width=1, image_height=1,
         ... )
-        TileComposite(colors=tensor([[[1.]]]), alpha=tensor([[0.5000]]), depth=tensor([[0.]]))
+        >>> image.colors, image.alpha, image.depth, image.median_depth
+        (tensor([[[1.]]]), tensor([[0.5000]]), tensor([[4.]]), tensor([[4.]]))
     """
-    tiles = tile_offsets.shape
-    lists = _TileLists(tile_offsets, flatten_ids, len(means2d), masks)
-
-    def of_lists(x: Tensor) -> Tensor:  # [tiles, K, ...]
-        return x[lists.ids]
-
-    x, y = _pixels(tiles, tile_size, pixel_center, means2d)  # [tiles, pixels, 1]
-    finite = colors.isfinite().all(1) & means2d.isfinite().all(1) & conics.isfinite().all(1)
-    finite = finite & opacities.isfinite()
+    finite = colors.isfinite().all(1)
     if depths is not None:
         finite = finite & depths.isfinite()
-    listed = lists.present & of_lists(finite)
-
-    def of_finite(x: Tensor) -> Tensor:
-        """What is skipped must leave no NaN behind, in gradients neither."""
-        skipped = listed.logical_not().view(*listed.shape, *[1] * (x.dim() - 1))
-        return of_lists(x).masked_fill(skipped, 0)
-
-    dx, dy = (m[:, None] - p for m, p in zip(of_finite(means2d).unbind(-1), (x, y), strict=True))
-    if absgrad is not None:
-        dx, dy = map(_WithAbsolute.apply, (dx, dy), of_lists(absgrad).unbind(-1))
-    a, b, c = (v[:, None] for v in of_finite(conics).unbind(-1))
-    sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
-    inside = listed[:, None] & (sigma >= 0)
-    alpha = of_finite(opacities)[:, None] * torch.exp(-torch.where(inside, sigma, 0))
-    alpha = torch.where(inside & (alpha >= min_alpha), alpha.clamp(max=max_alpha), 0)
-    after = (1 - alpha).cumprod(-1)
-    accepted = after > min_transmittance if stop_at_min else after >= min_transmittance
-    alpha = torch.where(accepted, alpha, 0)
-    passing = (1 - alpha).cumprod(-1)
-    before = torch.cat([torch.ones_like(x), passing], -1)
-    weight = alpha * before[..., :-1]
+    lists = ListedSplats(tile_offsets, flatten_ids, masks, means2d, conics, opacities, finite)
+    weight, before = lists.weigh(
+        *(tile_size, max_alpha, min_alpha, min_transmittance, pixel_center, stop_at_min),
+        absgrad=absgrad,
+    )
     transmittance = before[..., -1]
-    image = weight @ of_finite(colors).to(weight.dtype)
+    # autocast would make it less precise
+    with torch.autocast(weight.device.type, enabled=False):
+        image = weight @ lists.of_splats(colors).to(weight.dtype)
     # 1 - transmittance would have lost digits where it is small
     opacity = weight.sum(-1)
-    depth = torch.zeros_like(opacity)
+    depth, median = torch.zeros_like(opacity), torch.zeros_like(opacity)
     if depths is not None:
         met = opacity > 0
-        sums = (weight @ of_finite(depths)[..., None])[..., 0]
-        depth = torch.where(met, sums / torch.where(met, opacity, 1), 0)
+        z = lists.of_splats(depths)[:, None]
+        depth = torch.where(met, (weight * z).sum(-1) / torch.where(met, opacity, 1), 0)
+        early = (weight > 0) & (before[..., :-1] > 0.5)
+        last = early & (early.cumsum(-1) == early.sum(-1, keepdim=True))
+        median = torch.where(last, z, 0).sum(-1)
 
     def pixels(x: Tensor) -> Tensor:
-        """[tiles, pixels, ...] as images."""
-        size, (count, Y, X) = tile_size, tiles
-        x = x.reshape(count, Y, X, size, size, *x.shape[2:]).transpose(2, 3)
-        return x.reshape(count, Y * size, X * size, *x.shape[5:])[:, :image_height, :image_width]
+        return lists.as_images(x)[:, :image_height, :image_width]
 
-    image, opacity, depth = map(pixels, (image, opacity, depth))
+    image, opacity, depth, median = map(pixels, (image, opacity, depth, median))
     if background is not None:
-        shape = image.shape if len(background) != tiles[0] else (tiles[0], 1, 1, image.shape[-1])
+        images = len(tile_offsets)
+        shape = image.shape if len(background) != images else (images, 1, 1, image.shape[-1])
         image = image + pixels(transmittance)[..., None] * background.reshape(shape)
-    return image.contiguous(), opacity.contiguous(), depth.contiguous()
+    return image.contiguous(), opacity.contiguous(), depth.contiguous(), median.contiguous()
 
 
-class _TileLists:
-    """The lists of all tiles, as long as the longest one."""
+class ListedSplats:
+    """The lists of all tiles in PyTorch, as long as the longest one, without what is skipped."""
 
-    def __init__(self, offsets: Tensor, ids: Tensor, P: int, masks: Tensor | None) -> None:
+    def __init__(
+        self,
+        offsets: Tensor,
+        ids: Tensor,
+        masks: Tensor | None,
+        means2d: Tensor,
+        conics: Tensor,
+        opacities: Tensor,
+        finite: Tensor | bool = True,
+    ) -> None:
         M = len(ids)
         begin = offsets.flatten()
         count = torch.cat([begin[1:], begin.new_tensor([M])]) - begin
@@ -357,8 +352,61 @@ class _TileLists:
             count = torch.where(masks.flatten() != 0, count, 0)
         longest = int(count.max()) if len(count) else 0
         place = torch.arange(longest, device=ids.device)
-        self.present = place < count[:, None]
-        self.ids = ids[(begin[:, None] + place).clamp(max=M - 1)]
+        self.tiles = offsets.shape
+        self.ids = ids[(begin[:, None] + place).clamp(max=M - 1)]  # [tiles, K]
+        finite = finite & means2d.isfinite().all(1) & conics.isfinite().all(1)
+        self.listed = (place < count[:, None]) & (finite & opacities.isfinite())[self.ids]
+        self._splats = means2d, conics, opacities
+
+    def of_splats(self, x: Tensor) -> Tensor:
+        """[tiles, K, ...]; what is skipped must leave no NaN behind, in gradients neither."""
+        skipped = self.listed.logical_not().view(*self.listed.shape, *[1] * (x.dim() - 1))
+        return x[self.ids].masked_fill(skipped, 0)
+
+    def weigh(
+        self,
+        size: int,
+        max_alpha: float,
+        min_alpha: float,
+        min_transmittance: float,
+        center: float,
+        stop_at_min: bool,
+        *,
+        absgrad: Tensor | None = None,
+        begun: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights [tiles, pixels, K], and T before each and behind all of them, [.., K+1]; before
+        the first it is begun [I, H, W]."""
+        means2d, conics, opacities = self._splats
+        x, y = _pixels(self.tiles, size, center, means2d)  # [tiles, pixels, 1]
+        centers = zip(self.of_splats(means2d).unbind(-1), (x, y), strict=True)
+        dx, dy = (m[:, None] - p for m, p in centers)
+        if absgrad is not None:
+            dx, dy = map(_WithAbsolute.apply, (dx, dy), absgrad[self.ids].unbind(-1))
+        a, b, c = (v[:, None] for v in self.of_splats(conics).unbind(-1))
+        sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
+        inside = self.listed[:, None] & (sigma >= 0)
+        alpha = self.of_splats(opacities)[:, None] * torch.exp(-torch.where(inside, sigma, 0))
+        alpha = torch.where(inside & (alpha >= min_alpha), alpha.clamp(max=max_alpha), 0)
+        first = torch.ones_like(x) if begun is None else self._of_pixels(begun, size)
+        after = first * (1 - alpha).cumprod(-1)
+        accepted = after > min_transmittance if stop_at_min else after >= min_transmittance
+        alpha = torch.where(accepted, alpha, 0)
+        before = torch.cat([first, first * (1 - alpha).cumprod(-1)], -1)
+        return alpha * before[..., :-1], before
+
+    def as_images(self, x: Tensor) -> Tensor:
+        """[tiles, pixels, ...] as images of whole tiles."""
+        (count, Y, X), size = self.tiles, math.isqrt(x.shape[1])
+        x = x.reshape(count, Y, X, size, size, *x.shape[2:]).transpose(2, 3)
+        return x.reshape(count, Y * size, X * size, *x.shape[5:])
+
+    def _of_pixels(self, x: Tensor, size: int) -> Tensor:
+        """Images [I, H, W] as [tiles, pixels, 1]."""
+        (count, Y, X), (H, W) = self.tiles, x.shape[1:]
+        x = torch.nn.functional.pad(x, (0, X * size - W, 0, Y * size - H))
+        x = x.reshape(count, Y, size, X, size).transpose(2, 3)
+        return x.reshape(count * Y * X, size * size, 1)
 
 
 def _pixels(tiles: Sequence[int], size: int, center: float, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,269 @@
+// A tile of an image, the splats of its list, and how much light each of them stops along a row.
+#pragma once
+
+#include "explog.h"
+#include "rays.h"
+#include "../math/composite_tiles.h"
+
+#include <cmath>
+#include <vector>
+
+namespace rayfuse {
+
+// The factors of 2^r for |r| <= 1/2: by Taylor's series, or for float with the degree 6 that is
+// nearest to it, where the series would need one more.
+template <class A>
+constexpr auto kExp2Factors = [] {
+  std::array<A, ExpLog<A>::kExpTerms + 2> out;
+  double term = 1;
+  for (size_t k = 0; k < out.size(); term *= 0x1.62e42fefa39efp-1 / ++k) out[k] = A(term);
+  return out;
+}();
+template <>
+constexpr std::array<float, 7> kExp2Factors<float> = {
+    1, 0x1.62e43p-1, 0x1.ebfbep-3, 0x1.c6aeccp-5, 0x1.3b29d8p-7, 0x1.5f48c8p-10, 0x1.446c7ep-13};
+
+// 2^x where that is a normal number, at two thirds of the cost of exp; nonsense elsewhere.
+template <class A>
+vec<A> exp2_of_moderate(vec<A> x) {
+  const vec<A> rounded = x + kRounder<A>;
+  const vec<A> power = polynomial<A>(x - (rounded - kRounder<A>), kExp2Factors<A>);
+  return (vec<A>)(bits_of<A>(power) + (bits_of<A>(rounded) << kMantissaBits<A>));
+}
+
+template <class A>
+constexpr A kLog2E = A(0x1.71547652b82fep+0);
+
+template <class A>
+vec<A> magnitude(vec<A> x) {
+  return x < 0 ? -x : x;
+}
+
+// Pixels of a row that are in registers at once.
+constexpr int kRow = 16;
+
+template <class A>
+struct Row {
+  static constexpr int kParts = kRow / kLanes<A>;
+  vec<A> part[kParts];
+
+  // f(0), f(1), ... of the parts, unrolled.
+  template <class F>
+  static Row each(const F& f) {
+    return [&]<int... p>(std::integer_sequence<int, p...>) {
+      return Row{{f(p)...}};
+    }(std::make_integer_sequence<int, kParts>());
+  }
+  vec<A> sum() const {
+    vec<A> total = part[0];
+    for (int p = 1; p < kParts; ++p) total += part[p];
+    return total;
+  }
+  void store_to(A* row) const {
+    for (int p = 0; p < kParts; ++p) store(row + p * kLanes<A>, part[p]);
+  }
+  static Row load_from(const A* row) {
+    return each([&](int p) { return load(row + p * kLanes<A>); });
+  }
+};
+
+// A splat with sigma in powers of 2: log2 alpha = log_opacity + dx (a dx + b dy) + c dy^2.
+template <class A>
+struct Splat {
+  A x, y, a, b, c, log_opacity;
+};
+
+// A tile, the splats of its list, and which of them reach which row.
+template <class T>
+class Tile {
+ public:
+  using A = accumulator<T>;
+  using Pixels = Row<A>;
+
+  const Scene<T>& scene;
+  const int64_t C;  // channels
+  // the list is `listed` long, of which a masked tile has none
+  int64_t image = 0, x = 0, y = 0, begin = 0, listed = 0, n = 0;
+  int rows = 0, columns = 0;
+  // along the list of the row that was weighed
+  std::vector<Pixels> weight, alpha;
+  Pixels transmittance = {}, opacity = {}, pixel_x = {};
+
+  explicit Tile(const Scene<T>& scene)
+      : scene(scene), C(scene.channels()), log_min_(std::log2(scene.min_alpha)) {}
+
+  void go_to(int64_t t) {
+    const int64_t per_image = scene.Y * scene.X, place = t % per_image;
+    image = t / per_image;
+    x = place % scene.X * scene.size;
+    y = place / scene.X * scene.size;
+    rows = static_cast<int>(std::min(scene.size, scene.H - y));
+    columns = static_cast<int>(std::min(scene.size, scene.W - x));
+    begin = scene.offsets[t];
+    listed = scene.list_end(t) - begin;
+    n = scene.masks && !scene.masks[t] ? 0 : listed;
+    if (n > static_cast<int64_t>(splats_.size())) {
+      splats_.resize(n);
+      color_.resize(n * C);
+      weight.resize(n);
+      alpha.resize(n);
+      list_.resize(n * scene.size);
+    }
+    const A first = static_cast<A>(x) + scene.center;
+    A centers[kRow];
+    for (int i = 0; i < kRow; ++i) centers[i] = first + i;
+    pixel_x = Pixels::load_from(centers);
+    for (int r = 0; r < rows; ++r) reach_[r] = 0;
+    for (int64_t k = 0; k < n; ++k) {
+      gather(k);
+      enlist(static_cast<int>(k), first, first + (columns - 1));
+    }
+  }
+
+  // How many of the splats of a row its pixels met before all of them ended.
+  int count() const { return count_; }
+  const Splat<A>& splat(int i) const { return splats_[here_[i]]; }
+  const A* color(int i) const { return &color_[here_[i] * C]; }
+  int place(int i) const { return here_[i]; }
+  int64_t id(int i) const { return scene.ids[begin + here_[i]]; }
+  // Of pixel i of the row, where in its list the median is; -1 if it met nothing.
+  int median(int i) const { return halfway_[i / kLanes<A>][i % kLanes<A>]; }
+  // Where a row begins in an image of one value.
+  int64_t index(int r) const { return (image * scene.H + y + r) * scene.W + x; }
+  A dy(int r, const Splat<A>& s) const { return s.y - (static_cast<A>(y + r) + scene.center); }
+
+  // Fills weight, alpha where it is to be kept, transmittance, opacity: the sum of weights, as
+  // 1 - transmittance would have lost digits where it is small, and if wanted the median.
+  template <bool keep>
+  void weigh(int r, bool median) {
+    median ? weigh<keep, true>(r) : weigh<keep, false>(r);
+  }
+
+  // Sums of `width` channels from d on, weighted.
+  template <int width>
+  void blend(int64_t d, A* sums) const {  // [C, kRow]
+    Pixels sum[width] = {};
+    for (int i = 0; i < count_; ++i) {
+      const A* const c = color(i) + d;
+      for (int j = 0; j < width; ++j) {
+        for (int p = 0; p < Pixels::kParts; ++p) sum[j].part[p] += weight[i].part[p] * c[j];
+      }
+    }
+    for (int j = 0; j < width; ++j) sum[j].store_to(sums + (d + j) * kRow);
+  }
+  void blend_all(A* sums) const {
+    int64_t d = 0;
+    for (; d + 4 <= C; d += 4) blend<4>(d, sums);
+    if (C - d == 1) blend<1>(d, sums);
+    if (C - d == 2) blend<2>(d, sums);
+    if (C - d == 3) blend<3>(d, sums);
+  }
+
+ private:
+  // Transmittance before the first splat.
+  Pixels begun(int r) const {
+    if (!scene.begun) return Pixels::each([](int) { return broadcast(A(1)); });
+    A light[kRow] = {};
+    std::copy_n(scene.begun + index(r), columns, light);
+    return Pixels::load_from(light);
+  }
+
+  template <bool keep, bool to_half>
+  void weigh(int r) {
+    here_ = &list_[r * n];
+    // negative in pixels that have ended
+    Pixels passing = begun(r);
+    opacity = {};
+    lane_index<A> halfway[Pixels::kParts];
+    for (auto& part : halfway) part = lane_index<A>{} - 1;
+    count_ = reach_[r];
+    for (int i = 0; i < count_; ++i) {
+      const Splat<A> s = splat(i);
+      const A dy = this->dy(r, s), slope = s.b * dy, rest = s.c * dy * dy + s.log_opacity;
+      uint32_t ended = kAllLanes<A>;
+      for (int p = 0; p < Pixels::kParts; ++p) {
+        const vec<A> dx = s.x - pixel_x.part[p];
+        const vec<A> log_alpha = dx * (s.a * dx + slope) + rest;
+        const vec<A> most = exp2_of_moderate<A>(log_alpha);
+        const vec<A> capped = most < scene.max_alpha ? most : broadcast(scene.max_alpha);
+        const vec<A> here =
+            (log_alpha >= log_min_) & (log_alpha <= s.log_opacity) ? capped : vec<A>{};
+        const vec<A> before = passing.part[p], after = before * (1 - here);
+        const auto goes_on = after > scene.ending;
+        passing.part[p] = goes_on ? after : before > 0 ? -before : before;
+        const vec<A> own = goes_on ? here * before : vec<A>{};
+        weight[i].part[p] = own;
+        opacity.part[p] += own;
+        if constexpr (keep) alpha[i].part[p] = goes_on ? here : vec<A>{};
+        if constexpr (to_half) {
+          const auto early = (own > 0) & (before > A(0.5));
+          halfway[p] = early ? lane_index<A>{} + i : halfway[p];
+        }
+        ended &= lanes_up_to(passing.part[p], vec<A>{});
+      }
+      if (ended == kAllLanes<A>) count_ = i + 1;
+    }
+    if constexpr (to_half) std::copy_n(halfway, Pixels::kParts, halfway_);
+    transmittance = Pixels::each([&](int p) { return magnitude<A>(passing.part[p]); });
+  }
+
+  void gather(int64_t k) {
+    const int64_t id = scene.ids[begin + k];
+    const A *mean = scene.means2d + 2 * id, *conic = scene.conics + 3 * id;
+    const A opacity = scene.opacities[id];
+    A* const color = &color_[k * C];
+    // what is not finite, times 0, is NaN
+    A nothing = 0 * (mean[0] + mean[1] + conic[0] + conic[1] + conic[2] + opacity);
+    for (int64_t d = 0; d < scene.D; ++d) {
+      color[d] = widen(scene.colors[id * scene.D + d]);
+      nothing += 0 * color[d];
+    }
+    if (scene.depths) {
+      color[scene.D] = scene.depths[id];
+      nothing += 0 * color[scene.D];
+    }
+    const bool seen = nothing == 0 && opacity >= scene.min_alpha;
+    splats_[k] = {mean[0],
+                  mean[1],
+                  -kLog2E<A> / 2 * conic[0],
+                  -kLog2E<A> * conic[1],
+                  -kLog2E<A> / 2 * conic[2],
+                  seen ? std::log2(opacity) : -std::numeric_limits<A>::infinity()};
+  }
+
+  // Adds splat k to the lists of the rows that it may reach: those where log2 alpha is large enough
+  // at its best point between two pixel centers.
+  void enlist(int k, A left, A right) {
+    const Splat<A> s = splats_[k];
+    if (s.log_opacity < log_min_) return;
+    // what rounding may take from log2 alpha is less than this
+    constexpr A kSlack = A(0.01), kSlackOfC = 64 * std::numeric_limits<A>::epsilon();
+    A up[kLanes<A>];
+    for (int i = 0; i < kLanes<A>; ++i) up[i] = i;
+    for (int r = 0; r < rows; r += kLanes<A>) {
+      const vec<A> dy = s.y - (load(up) + (static_cast<A>(y + r) + scene.center));
+      const vec<A> vertex = dy * (s.b / (-2 * s.a));
+      const vec<A> dx = clamp<A>(vertex, s.x - right, s.x - left), curve = s.c * dy * dy;
+      const vec<A> best = dx * (s.a * dx + s.b * dy) + curve + s.log_opacity;
+      const vec<A> bound = log_min_ - kSlack + kSlackOfC * curve;
+      uint32_t reached = s.a < 0 ? lanes_up_to(bound, best) : kAllLanes<A>;
+      if (rows - r < kLanes<A>) reached &= (1u << (rows - r)) - 1;
+      for (; reached; reached &= reached - 1) {
+        const int row = r + __builtin_ctz(reached);
+        list_[row * n + reach_[row]++] = k;
+      }
+    }
+  }
+
+  const A log_min_;
+  std::vector<Splat<A>> splats_;
+  std::vector<A> color_;
+  // the lists of all rows, and how long they are
+  std::vector<int> list_;
+  int reach_[kRow];
+  const int* here_ = nullptr;
+  int count_ = 0;
+  lane_index<A> halfway_[Pixels::kParts];
+};
+
+}  // namespace rayfuse
