@@ -3,9 +3,9 @@
     intersect = Lookup(reference, "(Tensor means2d, int tile_size) -> (Tensor, Tensor)", fake)
 
 They have what the engine of differentiable ops (module `op`) gives but for its shapes: the schema
-`rayfuse::<name of the reference>`, kernels found by that name, a fake kernel, and any backend that
-is forced. Their checks are those of the functions that call them. A backend without such kernels,
-as triton, leaves them to PyTorch.
+`rayfuse::<name of the reference>`, without the underscore of a private one; kernels found by that
+name, a fake kernel, and any backend that is forced. Their checks are those of the functions that
+call them. A backend without such kernels, as triton, leaves them to PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Lookup:
             fake: from the same parameters, empty tensors of the results' shapes and dtypes; a size
                 that values decide is `torch.library.get_ctx().new_dynamic_size()`.
         """
-        self.name = reference.__name__
+        self.name = reference.__name__.removeprefix("_")
         self.reference = reference
         self.kernels = backend.Kernels(self.name, reference)
         self._libraries = [
