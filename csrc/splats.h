@@ -17,12 +17,21 @@ struct SplatsCall {
 
   template <class A>
   Splats<A> splats() const {
-    return {data<A>(means2d),        data<A>(radii),
-            data<A>(depths),         data<A>(conics),
-            data<A>(most),           data<int64_t>(image_ids),
-            depths.numel(),          images,
-            static_cast<int32_t>(X), static_cast<int32_t>(Y),
-            static_cast<A>(size),    static_cast<A>(center)};
+    Splats<A> splats = {};
+    splats.means2d = data<A>(means2d);
+    splats.radii = data<A>(radii);
+    splats.depths = data<A>(depths);
+    splats.conics = data<A>(conics);
+    splats.most = data<A>(most);
+    splats.image_ids = data<int64_t>(image_ids);
+    splats.P = depths.numel();
+    splats.images = images;
+    splats.of_each = static_cast<int32_t>(splats.P / std::max<int64_t>(images, 1));
+    splats.X = static_cast<int32_t>(X);
+    splats.Y = static_cast<int32_t>(Y);
+    splats.size = static_cast<A>(size);
+    splats.center = static_cast<A>(center);
+    return splats;
   }
   // How many tiles a splat has, uninitialised.
   Tensor per_splat() const { return empty(means2d, {depths.numel()}, aoti_torch_dtype_int32()); }

@@ -105,8 +105,9 @@ RAYFUSE_KERNEL void count_digits(const Range& block, int shift, const Entry<A>* 
 template <class A>
 RAYFUSE_KERNEL void place_by_digit(const Range& block, int shift, const Entry<A>* from,
                                    int64_t* places, Entry<A>* to) {
-  for (int64_t k = block.begin; k < block.end; ++k)
+  for (int64_t k = block.begin; k < block.end; ++k) {
     to[places[digit_of(from[k], shift)]++] = from[k];
+  }
 }
 
 // ---- lists
@@ -116,14 +117,16 @@ template <class A>
 class Layouts {
  public:
   struct Layout {
-    int32_t column[kLanes<A>], row[kLanes<A>];
+    A column[kLanes<A>], row[kLanes<A>];
+    int32_t columns[kLanes<A>], rows[kLanes<A>];
   };
 
   Layouts() {
     for (int across = 1; across <= kLanes<A>; ++across) {
+      Layout& layout = of_width_[across - 1];
       for (int i = 0; i < kLanes<A>; ++i) {
-        of_width_[across - 1].column[i] = i % across;
-        of_width_[across - 1].row[i] = i / across;
+        layout.column[i] = static_cast<A>(layout.columns[i] = i % across);
+        layout.row[i] = static_cast<A>(layout.rows[i] = i / across);
       }
     }
   }
@@ -132,13 +135,6 @@ class Layouts {
  private:
   Layout of_width_[kLanes<A>];
 };
-
-template <class A>
-vec<A> to_real(const int32_t* x) {
-  vec<A> out;
-  for (int i = 0; i < kLanes<A>; ++i) out[i] = static_cast<A>(x[i]);
-  return out;
-}
 
 // Calls keep(tile) for those of a box that the ellipse of splat p reaches; `first` is its first.
 template <class A, class F>
@@ -149,9 +145,9 @@ void for_each_reached(const Splats<A>& splats, int64_t p, const Box& box, int32_
   const int32_t width = box.high[0] - left, height = box.high[1] - top;
   const int32_t across = std::min<int32_t>(width, kLanes<A>), down = kLanes<A> / across;
   const auto& layout = layouts.across(across);
-  const vec<A> columns = to_real<A>(layout.column), rows = to_real<A>(layout.row);
+  const vec<A> columns = load(layout.column), rows = load(layout.row);
   int32_t further[kLanes<A>];
-  for (int i = 0; i < kLanes<A>; ++i) further[i] = layout.row[i] * splats.X + layout.column[i];
+  for (int i = 0; i < kLanes<A>; ++i) further[i] = layout.rows[i] * splats.X + layout.columns[i];
   for (int32_t row = 0; row < height; row += down) {
     const vec<A> y = (rows + static_cast<A>(top + row)) * splats.size + splats.center - ellipse.y;
     for (int32_t column = 0; column < width; column += across) {
@@ -231,7 +227,10 @@ RAYFUSE_KERNEL void fill_lists(const Range& block, const Entry<A>* entries, cons
 // the order of the blocks.
 class Counts {
  public:
-  Counts(int64_t blocks, int64_t bins) : blocks_(blocks), starts(bins), counts_(blocks * bins) {}
+  std::vector<int64_t> starts;  // of the bins
+  int64_t most = 0;             // of one bin
+
+  Counts(int64_t blocks, int64_t bins) : starts(bins), blocks_(blocks), counts_(blocks * bins) {}
 
   int64_t* of(int64_t block) { return &counts_[block * starts.size()]; }
 
@@ -251,7 +250,7 @@ class Counts {
     }
     return total;
   }
-  // Then: where the first of each bin of a block goes.
+  // Then, once for each block: where the first of each of its bins goes.
   int64_t* places(int64_t block) {
     int64_t* const before = of(block);
     for (size_t i = 0; i < starts.size(); ++i) before[i] += starts[i];
@@ -260,13 +259,7 @@ class Counts {
 
  private:
   const int64_t blocks_;
-
- public:
-  std::vector<int64_t> starts;
-  int64_t most = 0;  // of one bin
-
- private:
-  std::vector<int64_t> counts_;
+  std::vector<int64_t> counts_;  // [blocks, bins]
 };
 
 }  // namespace
@@ -296,12 +289,12 @@ class Blocks {
   }
 
  private:
-  static constexpr int64_t kLeast = 1 << 12, kMost = 64;
+  static constexpr int64_t kLeast = 1 << 13, kMost = 64;
 
   const int64_t n_;
 };
 
-// Splats that have a box, front to back.
+// The splats that have a box, front to back.
 template <class A>
 class FrontToBack {
  public:

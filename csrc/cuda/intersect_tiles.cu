@@ -11,13 +11,14 @@ namespace rayfuse {
 namespace {
 
 // Larger boxes get all threads of their warp.
-constexpr int kSmallBox = 32;
+constexpr unsigned kSmallBox = 32;
 
 // The tiles of a splat's box, row by row.
 template <class A>
 struct Candidates {
   int64_t p;
-  int left = 0, top = 0, width = 0, count = 0, first = 0;
+  int left = 0, top = 0, first = 0;
+  unsigned width = 0, count = 0;
 
   __device__ Candidates(const Splats<A>& splats, int64_t p) : p(p) {
     using Along = Reach<A, A>;
@@ -31,10 +32,10 @@ struct Candidates {
     count = width * (static_cast<int>(ceil(y.high)) - top);
     first = (static_cast<int>(splats.image_of(p)) * splats.Y + top) * splats.X + left;
   }
-  __device__ int tile(const Splats<A>& splats, int i) const {
-    return first + i / width * splats.X + i % width;
+  __device__ int tile(const Splats<A>& splats, unsigned i) const {
+    return static_cast<int>(first + i / width * splats.X + i % width);
   }
-  __device__ bool reached(const Splats<A>& splats, int i) const {
+  __device__ bool reached(const Splats<A>& splats, unsigned i) const {
     if (!splats.conics) return true;
     const Ellipse<A> ellipse(splats, p);
     const A x = static_cast<A>(left + i % width) * splats.size + splats.center - ellipse.x;
@@ -54,7 +55,7 @@ __device__ int for_each_tile(const Splats<A>& splats, const int64_t* order, cons
   if (k < splats.P) {
     const Candidates<A> own(splats, order[k]);
     is_large = own.count > kSmallBox;
-    for (int i = 0; !is_large && i < own.count; ++i) {
+    for (unsigned i = 0; !is_large && i < own.count; ++i) {
       if (own.reached(splats, i)) visit(k, found++, own.tile(splats, i));
     }
   }
@@ -62,8 +63,8 @@ __device__ int for_each_tile(const Splats<A>& splats, const int64_t* order, cons
     const int owner = __ffs(large) - 1;
     const Candidates<A> box(splats, order[warp + owner]);
     int before = 0;
-    for (int first = 0; first < box.count; first += kWarp) {
-      const int i = first + lane;
+    for (unsigned first = 0; first < box.count; first += kWarp) {
+      const unsigned i = first + lane;
       const bool here = i < box.count && box.reached(splats, i);
       const unsigned reached = __ballot_sync(kAllLanes, here);
       const int earlier = __popc(reached & ((1u << lane) - 1));

@@ -17,19 +17,20 @@ struct Splats {
   const A* most;             // [P], the sigma up to which a splat is seen, or null
   const int64_t* image_ids;  // [P], or null: as many splats of each image
   int64_t P, images;
-  int32_t X, Y;  // tiles of an image
+  int32_t of_each;  // splats of an image, where all have as many
+  int32_t X, Y;     // tiles of an image
   A size, center;
 
   // Less than 2^31, as P is: the caller has checked it.
   RAYFUSE_EVERYWHERE int64_t tiles() const { return images * Y * X; }
   RAYFUSE_EVERYWHERE int64_t image_of(int64_t p) const {
-    return image_ids ? image_ids[p] : p / (P / images);
+    return image_ids ? image_ids[p] : static_cast<int32_t>(p) / of_each;
   }
-  // Whether it has an image and a place in the order, whatever its box.
+  // Whether it has a place in the order, and an image, whatever its box.
   RAYFUSE_EVERYWHERE bool exists(int64_t p) const {
     const A depth = depths[p];
-    const int64_t image = image_of(p);
-    return depth - depth == 0 && image >= 0 && image < images;
+    const bool placed = depth - depth == 0;
+    return placed && (!image_ids || (image_ids[p] >= 0 && image_ids[p] < images));
   }
 };
 
