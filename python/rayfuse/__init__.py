@@ -17,7 +17,6 @@ from .objective import FieldLosses, field_losses, packed_field_losses
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 from .packed import ray_offsets
-from .tiles import TileLists, intersect_tiles
 
 try:
     __version__ = version("rayfuse")
@@ -27,11 +26,9 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 __all__ = [
     "BackendError",
     "FieldLosses",
-    "TileLists",
     "backends",
     "debug",
     "field_losses",
-    "intersect_tiles",
     "last_backend",
     "packed_field_losses",
     "ray_offsets",

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..lookups.intersect_tiles import intersect_tiles
 from ..ops.composite_tiles import composite_tiles
 from ..ops.project_gaussians import project_gaussians
 from ..ops.spherical_harmonics import spherical_harmonics
-from ..tiles import intersect_tiles
 
 __all__ = ["GaussianRasterizationSettings", "GaussianRasterizer", "install", "uninstall"]
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..lookups.intersect_tiles import intersect_tiles
 from ..lookups.tile_contributors import tile_contributors
 from ..ops.composite_tiles import composite_tiles
 from ..ops.project_gaussians import project_gaussians
 from ..ops.spherical_harmonics import spherical_harmonics as harmonics
 from ..ops.splat_covariances import splat_covariances
-from ..tiles import intersect_tiles
 from . import swap_everywhere
 
 __all__ = [
