@@ -31,7 +31,7 @@ class Lookup:
             fake: from the same parameters, empty tensors of the results' shapes and dtypes; a size
                 that values decide is `torch.library.get_ctx().new_dynamic_size()`.
         """
-        self.name = reference.__name__
+        self.name = reference.__name__.removeprefix("_")
         self.reference = reference
         self.kernels = backend.Kernels(self.name, reference)
         self._libraries = [
