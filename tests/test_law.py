@@ -30,7 +30,6 @@ SHARED = {
     "tests/test_law.py",
     "tests/test_dims.py",
     "tests/test_op.py",
-    "tests/test_pdf.py",
     "tests/test_backend.py",
     "tests/test_library.py",
     "tests/test_gpu_code.py",

@@ -3,10 +3,8 @@
 // weigh nothing. Derivation: docs/interlevel.md.
 #pragma once
 
-#include <limits>
-#include <vector>
-
 #include "rays.h"
+#include "sorted.h"
 
 namespace rayfuse {
 
@@ -21,109 +19,11 @@ struct doubles_of {
 template <int n>
 using doubles = typename doubles_of<n>::type;
 
-// An integer as wide as a lane.
-template <class A>
-using lane_int = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-template <class I>
-vec<I> load_ints(const I* p) {
-  vec<I> x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-template <class I>
-void store_ints(I* p, vec<I> x) {
-  std::memcpy(p, &x, sizeof x);
-}
-
 // These values will be read, or written, soon: the hardware does not foresee the next rays.
 template <bool write = false, class T>
 void prefetch(const T* p, int64_t n) {
   for (int64_t k = 0; k < n; k += 64 / sizeof(T)) __builtin_prefetch(p + k, write);
 }
-
-// Copies n values; whether none of them decreases.
-template <class T>
-bool copy_sorted(const T* from, int64_t n, accumulator<T>* to) {
-  constexpr int N = kLanes<accumulator<T>>;
-  uint32_t rises = kAllLanes<accumulator<T>>;
-  const auto copy = [&](int64_t k) {
-    const auto x = load(from + k);
-    rises &= lanes_up_to(x, load(from + k + 1));
-    store(to + k, x);
-  };
-  int64_t k = n > N ? n - 1 : 0;
-  for (int64_t i = 0; i + N < k; i += N) copy(i);
-  if (n > N) copy(n - 1 - N);
-  for (; k < n; ++k) {
-    to[k] = widen(from[k]);
-    if (!(to[k] <= widen(from[std::min(k + 1, n - 1)]))) rises = 0;
-  }
-  return rises == kAllLanes<accumulator<T>>;
-}
-
-// Sorted values to be searched: 16 of them are compared at once, after the last ones of all 16.
-template <class A>
-class Sorted {
- public:
-  static constexpr int kNode = 16, kAtOnce = 4, kPadding = kAtOnce * kLanes<A>;
-
-  explicit Sorted(int64_t n) { resize(n); }
-
-  void resize(int64_t n) {
-    n_ = n;
-    const size_t nodes = n / kNode + 3;
-    if (nodes_.size() < nodes) nodes_.resize(nodes);
-  }
-
-  // Where the n values are written, with two more at -1 and n.
-  A* values() { return reinterpret_cast<A*>(nodes_.data()) + kNode; }
-  // They have been.
-  void finish() {
-    const vec<A> none = broadcast(std::numeric_limits<A>::quiet_NaN());
-    for (int j = 0; j < kNode; j += kLanes<A>) store(values() + n_ + j, none);
-  }
-  // For each of n numbers, how many values are in nodes wholly up to it. Reads and writes kPadding
-  // more.
-  void count_in_nodes(const A* x, int64_t n, lane_int<A>* count) const {
-    const Node *const begin = nodes_.data() + 1, *const end = begin + n_ / kNode;
-    if (end - begin > 4 * kNode) {
-      for (int64_t i = 0; i < n; ++i) {
-        const auto above = [](A x, const Node& node) { return x < node.value[kNode - 1]; };
-        count[i] = (std::upper_bound(begin, end, x[i], above) - begin) * kNode;
-      }
-      return;
-    }
-    for (int64_t i = 0; i < n; i += kAtOnce * kLanes<A>) {
-      vec<A> here[kAtOnce];
-      vec<lane_int<A>> counts[kAtOnce] = {};
-      for (int j = 0; j < kAtOnce; ++j) here[j] = load(x + i + j * kLanes<A>);
-      for (const Node* node = begin; node < end; ++node) {
-        const vec<A> last = broadcast(node->value[kNode - 1]);
-        for (int j = 0; j < kAtOnce; ++j) {
-          counts[j] = last <= here[j] ? counts[j] + kNode : counts[j];
-        }
-      }
-      for (int j = 0; j < kAtOnce; ++j) store_ints(count + i + j * kLanes<A>, counts[j]);
-    }
-  }
-  // How many values are not above x, of which so many are in nodes wholly up to it.
-  int64_t count(int64_t in_nodes, A x) const {
-    const A* const node = nodes_[1].value + in_nodes;
-    uint32_t up_to = 0;
-    for (int j = 0; j < kNode; j += kLanes<A>) {
-      up_to |= lanes_up_to(load(node + j), broadcast(x)) << j;
-    }
-    return in_nodes + count_bits(up_to);
-  }
-
- private:
-  struct alignas(64) Node {
-    A value[kNode];
-  };
-
-  int64_t n_;
-  std::vector<Node> nodes_;
-};
 
 // A ray's edges and those of its envelope.
 template <class T>
@@ -299,21 +199,12 @@ class Envelope {
     return (vec<A>)((M)x & m);
   }
 
-  // What torch.searchsorted does, also where its result depends on the way.
   __attribute__((noinline)) void locate_by_bisection(int ray, const T* t, const T* t_env) {
     lane_int<A>* const bins = bins_.data() + 1;
     for (int64_t i = 0; i <= S_; ++i) {
-      int64_t begin = 0, end = E_ + 1;
-      while (begin < end) {
-        const int64_t middle = begin + (end - begin) / 2;
-        if (widen(t_env[middle]) > widen(t[i])) {
-          end = middle;
-        } else {
-          begin = middle + 1;
-        }
-      }
+      const int64_t up_to = count_by_bisection(t_env, E_ + 1, widen(t[i]));
       const int64_t last = outside_ == kOutsideZero ? E_ + 1 : E_;
-      bins[i] = std::max(std::min(begin, last), int64_t{clamp}) - 1;
+      bins[i] = std::max(std::min(up_to, last), int64_t{clamp}) - 1;
     }
     const double* const until = sums_until(ray);
     for (int64_t i = 0; i < S_; ++i) {

@@ -8,8 +8,6 @@
 #include "envelope.h"
 #include "packed.h"
 
-#include <ranges>
-
 namespace rayfuse {
 namespace {
 
@@ -200,30 +198,12 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, int64_t outside, accu
 }  // namespace rayfuse
 
 #include "large_memory.h"
-#include "registration.h"
+#include "packed_pairs.h"
 
 namespace rayfuse {
 namespace {
 
 constexpr char kOp[] = "packed_interlevel_loss";
-
-// Calls f(first ray, last ray + 1) on torch's threads, for about as many samples and bins each.
-template <class F>
-void for_each_piece(const PackedRays& rays, const PackedRays& envelopes, const F& f) {
-  // a ray costs as much as this many samples before it has any
-  constexpr int64_t kRayWork = 64;
-  const auto work_before = [&](int64_t r) {
-    return rays.offsets[r] + envelopes.offsets[r] + r * kRayWork;
-  };
-  // the first ray that begins at or after so much work
-  const auto first_from = [&](int64_t work) {
-    const auto all = std::views::iota(int64_t{0}, rays.R);
-    return *std::ranges::partition_point(all, [&](int64_t r) { return work_before(r) < work; });
-  };
-  torch::stable::parallel_for(0, work_before(rays.R), 1 << 14, [&](int64_t begin, int64_t end) {
-    f(first_from(begin), first_from(end));
-  });
-}
 
 template <class T>
 PackedIntervals<T> intervals(const Tensor& starts, const Tensor& ends, const Tensor& w,

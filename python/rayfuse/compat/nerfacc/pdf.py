@@ -1,11 +1,12 @@
-"""nerfacc.pdf: search in histograms along rays and sampling from them, on rayfuse.pdf."""
+"""nerfacc.pdf: search in histograms along rays and sampling from them, on rayfuse.lookups."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ... import pdf
+from ...lookups.packed_importance_samples import Draw
+from ...lookups.packed_searchsorted import packed_searchsorted
 from .data_specs import RayIntervals, RaySamples
 from .pack import packed_rays
 
@@ -38,12 +39,9 @@ def searchsorted(
     """
     edges, edge_offsets = _packed(sorted_sequence)
     queries, query_offsets = _packed(values)
-    ids = pdf.packed_searchsorted(edges, edge_offsets, queries, query_offsets)
-    if not _is_batched(values):
-        return ids
-    first = edge_offsets[:-1, None]
-    left, right = ((i.view(len(first), -1) - first).view(values.vals.shape) for i in ids)
-    return left, right
+    batched = _is_batched(values)
+    left, right = packed_searchsorted(edges, edge_offsets, queries, query_offsets, batched)
+    return left.view(values.vals.shape), right.view(values.vals.shape)
 
 
 @torch.no_grad()
@@ -73,18 +71,17 @@ def importance_sampling(
         >>> intervals.vals, samples.vals
         (tensor([[0.0000, 0.5000, 1.1250, 1.8750]]), tensor([[0.2500, 0.7500, 1.5000]]))
     """
-    edges, offsets = _packed(intervals)
-    counts = n_intervals_per_ray
-    t, t_offsets = pdf.packed_importance_samples(
-        edges, cdfs.reshape(-1), offsets, counts, stratified
-    )
-    ends = edges.to(t.dtype)
-    last = max(len(ends) - 1, 0)
-    t_min, t_max = (ends[i.clamp(0, last)] for i in (offsets[:-1], offsets[1:] - 1))
-    new_edges, new_offsets = pdf.packed_intervals_around(t, t_offsets, t_min, t_max)
+    name, counts = "importance_sampling", n_intervals_per_ray
+    if _is_batched(intervals) and isinstance(counts, int):
+        draw = Draw.dense(name, intervals.vals, cdfs, counts, stratified)
+        leading = intervals.vals.shape[:-1]
+    else:
+        edges, offsets = _packed(intervals)
+        draw = Draw.packed(name, edges, cdfs.reshape(-1), offsets, counts, stratified)
+        leading = offsets[1:].shape
+    (t, t_offsets), (new_edges, new_offsets) = draw.samples(), draw.intervals()
     if isinstance(counts, Tensor):
         return _packed_results(new_edges, new_offsets, t, t_offsets)
-    leading = intervals.vals.shape[:-1] if _is_batched(intervals) else offsets[1:].shape
     if len(t) != leading.numel() * counts:
         raise ValueError("intervals must have edges on every ray, got one without")
     return (
