@@ -41,6 +41,7 @@ class _Bench(harness.PackedBench):
         Workload((65536,), dict(P=48)),
         Workload((65536,), dict(P=48), torch.bfloat16),
     )
+    growth = ("P", (16, 64, 256, 1024), (4096,), ("eager",))
     page = "depth"
 
 

@@ -154,7 +154,9 @@ def rehearse(bench: type[Bench]) -> None:
     global TURN_SECONDS, TEST_SECONDS, STREAM_VALUES, STREAM_BYTES
     TURN_SECONDS, TEST_SECONDS, STREAM_VALUES = 1e-4, 1e-2, 1 << 10
     STREAM_BYTES = 12 * STREAM_VALUES
-    bench.workloads = [replace(bench.workloads[0], leading=(16,))]
+    first = bench.workloads[0]
+    sizes = {name: min(size, 256) for name, size in first.sizes.items()}
+    bench.workloads = [replace(first, leading=(16,) * len(first.leading), sizes=sizes)]
     bench.peers = [peer for peer in bench.peers if not peer.name.startswith("compile")]
     if bench.growth:
         letter, values, _, along = bench.growth
@@ -175,7 +177,7 @@ class Bench:
     peers: Sequence[peers.Peer] = ()
     # the letter that grows, its values, the leading shape, and the peers that grow along; None for
     # what is put together of ops, whose growth and overhead their own benches show
-    growth: tuple[str, Sequence[int], tuple[int, ...], Sequence[str]] | None
+    growth: tuple[str, Sequence[int], tuple[int, ...], Sequence[str]] | None = None
     # times the streaming limit: what must be reached, and what is wanted
     bound, goal = 1.8, 1.2
     # the page under docs/ that shows the tables

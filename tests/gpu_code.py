@@ -138,8 +138,8 @@ def _amd(asm: Any, warps: int, blocks: int) -> dict[str, Any]:
     return {
         "registers": number(r"\.vgpr_count"),
         "stack": number(r"\.private_segment_fixed_size"),
-        # registers
-        "spills": number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count"),
+        # registers; scalar ones without room go to lanes of vector registers, not to memory
+        "spills": number(r"\.vgpr_spill_count"),
         "load": max(
             32 * int(words or 1) if kind == "dword" else 16
             for kind, words in re.findall(

@@ -43,10 +43,6 @@ class TestCompositeRays(Contract):
     )
     typical = {"S": 19, "C": 3}
     gpu_sizes = ({"S": 128, "C": 3}, {"S": 48, "C": 64}, {"S": 65536, "C": 3})
-    gpu_spills = {
-        "composite_rays_bwd_kernel": "in bf16 on sm_90 with 64 channels: 8 bytes, as the compiler "
-        "keeps to 96 registers"
-    }
     variants = (
         {},
         {"density": True, "background": None},

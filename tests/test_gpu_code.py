@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import cuda_code
 import gpu_figures
@@ -152,6 +153,17 @@ def test_every_figure_is_what_is_measured_here():
             for kind in figures.keys() - {"by"}:
                 assert_committed(stem, backend, kind, figures[kind], figures["by"])
                 assert len(figures[kind]) == len(committed[kind])
+
+
+@needs_triton
+def test_only_the_compiler_of_nvidia_is_asked_to_bound_registers(monkeypatch):
+    from rayfuse.triton_kernels.common import bounded
+
+    x = torch.zeros(())
+    assert bounded(96, x) == {"maxnreg": 96}
+    # to other compilers the option is an error
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert bounded(96, x) == {}
 
 
 def gpu_sh(*arguments):

@@ -19,14 +19,6 @@ class TestPackedCompositeRays(PackedContract):
     )
     typical = {"P": 19, "C": 3}
     gpu_sizes = ({"P": 64, "C": 3}, {"P": 48, "C": 64})
-    gpu_spills = {
-        "packed_composite_rays_fwd_kernel": "in half precision on sm_90 and sm_100 with 64 "
-        "channels: 16 bytes, at 128 registers; on gfx942 scalar registers (masks of ragged "
-        "tiles), into lanes of vector registers",
-        "packed_composite_rays_bwd_kernel": "with 64 channels in fp64 on sm_80 24 bytes, in fp16 "
-        "on sm_100 8; on gfx942 scalar registers (masks of ragged tiles), into lanes of vector "
-        "registers",
-    }
     variants = (
         {},
         {"density": True, "background": None},

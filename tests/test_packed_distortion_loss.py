@@ -31,10 +31,6 @@ class TestPackedDistortionLoss(PackedContract):
     typical = {"P": 19}
     gpu_sizes = ({"P": 64}, {"P": 1000})
     engine_on_every_backend = True
-    gpu_spills = {
-        "packed_distortion_loss_bwd_kernel": "on gfx942 scalar registers (masks of ragged tiles), "
-        "into lanes of vector registers and not into memory"
-    }
 
     def test_reference_is_the_pairwise_definition(self):
         for P in (1, 2, 7, 40):

@@ -14,12 +14,6 @@ class TestPackedRayWeights(PackedContract):
     sizes = tuple({"P": P} for P in (0, 1, 2, 3, 8, 17, 33, 130))
     typical = {"P": 11}
     gpu_sizes = ({"P": 64}, {"P": 1000})
-    gpu_spills = {
-        "packed_ray_weights_fwd_kernel": "in fp64 on gfx942 scalar registers (masks of ragged "
-        "tiles), into lanes of vector registers",
-        "packed_ray_weights_bwd_kernel": "in fp32 on sm_90 at P = 64 24 bytes, at 128 registers; "
-        "on gfx942 scalar registers (masks of ragged tiles), into lanes of vector registers",
-    }
     variants = ({}, {"opaque_background": True})
 
     @pytest.mark.parametrize("S", [1, 8, 17, 128, 129, 3000])

@@ -22,12 +22,6 @@ class PackedFeatureContract(PackedContract):
     )
     typical = {"P": 5, "C": 3}
     gpu_sizes = ({"P": 48, "C": 768}, {"P": 48, "C": 64}, {"P": 100, "C": 3})
-    gpu_spills = {
-        "packed_render_features_fwd_kernel": "on sm_80 with 3 channels: 8 bytes, as the compiler "
-        "keeps to 64 registers",
-        "packed_render_features_bwd_kernel": "in half precision on sm_80 with 3 channels: 16 "
-        "bytes, as the compiler keeps to 80 registers",
-    }
 
     # the reference takes 20 passes over all samples
     long_sizes = {"C": 1}

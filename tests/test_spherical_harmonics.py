@@ -54,10 +54,6 @@ class TestSphericalHarmonics(Contract):
     typical = {"C": 1, "N": 2, "K": 25, "D": 2}
     variants = (dict(degree=3, masks=None), dict(degree=4))
     gpu_sizes = ({"C": 1, "N": 64, "K": 16, "D": 3}, {"C": 2, "N": 9, "K": 25, "D": 64})
-    gpu_spills = {
-        "spherical_harmonics_bwd_kernel": "at 64 channels on gfx942 4 scalar registers (pointers "
-        "and strides), into lanes of a vector register"
-    }
 
     def test_harmonics_are_those_of_plenoctrees(self, forced_backend, device):
         generator = torch.Generator().manual_seed(0)

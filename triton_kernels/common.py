@@ -43,6 +43,21 @@ def launch_packed(R: int, P: int, dtype: torch.dtype) -> tuple[tuple[int], dict[
     return grid, {**tile, "BLOCK_LONG": 2 * tile["BLOCK_R"] * tile["BLOCK_S"]}
 
 
+def bounded(registers: int, x: Tensor) -> dict[str, int]:
+    """The option that bounds the registers of a thread, which only NVIDIA's compiler has.
+
+    Left to itself ptxas aims at a number of registers with which more warps are resident, and
+    spills some bytes for it; bound to that number it finds a way without.
+    """
+    return {} if torch.version.hip or x.is_xpu else {"maxnreg": registers}
+
+
+def bounded_warp(registers: int, tile: dict[str, Any], x: Tensor) -> dict[str, int]:
+    """The same for tiles of one warp in 32 bits; other tiles take more than such a bound."""
+    fits = tile["num_warps"] == 1 and accumulator(x.dtype) == torch.float32
+    return bounded(registers, x) if fits else {}
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums, and losses, have."""
     return torch.promote_types(dtype, torch.float32)

@@ -7,12 +7,14 @@
 # docs/compositing.md
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import (
     accumulator,
+    bounded,
     empty_gradient,
     is_wall,
     launch,
@@ -475,6 +477,8 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     S, _, C = _shapes(w, f, background)
     R, grid, tile = _launch(t, S, C)
+    # these spilled 8 bytes for 96 registers (sm_90), and unlike fp16 do so bound to 96 (sm_100)
+    many_bf16 = tile["BLOCK_C"] == _MAX_CHANNELS and t.dtype == torch.bfloat16
     absent = t.new_empty(0, dtype=accumulator(t.dtype))
     grads = [
         t.new_empty(0) if x is None else empty_gradient(x, needs, i)
@@ -507,5 +511,6 @@ def bwd(
         DENSITY=density,
         MAX_BLOCKS=triton.next_power_of_2(max(triton.cdiv(S, tile["BLOCK_S"]), 1)),
         **tile,
+        **(bounded(104, t) if many_bf16 else {}),
     )
     return tuple(grads)

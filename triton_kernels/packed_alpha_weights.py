@@ -14,6 +14,7 @@ from torch import Tensor
 from .alpha_weights import _end, _join
 from .common import (
     accumulator,
+    bounded_warp,
     empty_gradient,
     launch_packed,
     load,
@@ -208,5 +209,6 @@ def bwd(
         # there is nothing to read where there are no rays
         HAS_D_REMAINING=d_remaining is not None and R > 0,
         **tile,
+        **bounded_warp(96, tile, alpha),
     )
     return d_alpha

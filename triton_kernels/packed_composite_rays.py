@@ -14,6 +14,7 @@ from torch import Tensor
 from .common import (
     accumulator,
     add_exactly,
+    bounded,
     empty_gradient,
     is_wall,
     launch_packed,
@@ -498,7 +499,12 @@ def _launch(
     grid, tile = launch_packed(R, len(w), w.dtype)
     # 4 samples a thread, each with its channels; 8 spilled 128 bytes backward (sm_90, C = 3)
     tile["BLOCK_LONG"] //= 2
-    return C, grid, {**tile, "BLOCK_C": min(triton.next_power_of_2(max(C, 1)), _MAX_CHANNELS)}
+    # half as many in fp64, which with 8 took 168 registers backward and spilled 24 bytes (sm_80)
+    most = _MAX_CHANNELS // (accumulator(w.dtype).itemsize // 4)
+    block_c = min(triton.next_power_of_2(max(C, 1)), most)
+    # unbound, these spilled 16 bytes forward (sm_90), and took 146 registers backward
+    many_halves = block_c == _MAX_CHANNELS and w.dtype.itemsize == 2
+    return C, grid, {**tile, "BLOCK_C": block_c, **(bounded(128, w) if many_halves else {})}
 
 
 def fwd(

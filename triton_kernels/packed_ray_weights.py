@@ -14,6 +14,7 @@ from torch import Tensor
 from .common import (
     accumulator,
     add_exactly,
+    bounded_warp,
     empty_gradient,
     is_wall,
     launch_packed,
@@ -304,5 +305,6 @@ def bwd(
         NEEDS_D_T_ENDS=bool(needs & 4),
         OPAQUE=opaque_background,
         **tile,
+        **bounded_warp(128, tile, sigma),
     )
     return grads

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import accumulator, add_exactly, empty_gradient, load, packed_rays
+from .render_features import _SHORT_ROW
 from .render_features import launch as launch_dense
 
 
@@ -162,6 +163,9 @@ def launch(
     """
     _, tile = launch_dense(R, triton.cdiv(P, max(R, 1)), C, dtype)
     block_long = tile["BLOCK_R"] * tile["BLOCK_S"]
+    if tile["BLOCK_C"] < _SHORT_ROW:
+        # 4 values a thread; 8, with the sums' rounding and 64-bit addresses, spill 16 bytes (sm_80)
+        tile["num_warps"] *= 2
     return (triton.cdiv(R + strays, tile["BLOCK_R"]),), {**tile, "BLOCK_LONG": block_long}
 
 
