@@ -143,7 +143,7 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Callable[[], Any]:
         answers = dict(get_device_name="none: a rehearsal", synchronize=None)
-        memory = dict.fromkeys(("memory_allocated", "max_memory_allocated"), 1 << 20)
+        memory = dict(memory_allocated=0, max_memory_allocated=1 << 20)
         answer = {**answers, **memory, "reset_peak_memory_stats": None}[name]
         return lambda: answer
 

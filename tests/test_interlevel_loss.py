@@ -23,10 +23,6 @@ class TestInterlevelLoss(Contract):
     typical = {"S": 6, "E": 5}
     variants = ({}, {"outside": "zero"}, {"outside": "below_zero"}, {"eps": 1e-3})
     gpu_sizes = ({"S": 48, "E": 96}, {"S": 48, "E": 256}, {"S": 4096, "E": 4096})
-    gpu_spills = {
-        "interlevel_loss_fwd_kernel": "in fp32 on sm_80 at S = 4,096: 8 bytes, as the compiler "
-        "keeps to 48 registers"
-    }
 
     def test_mean_over_rays_is_the_mean_over_all_samples(self, forced_backend, device):
         args = self.inputs((5, 6), torch.float64, device, S=12, E=4)

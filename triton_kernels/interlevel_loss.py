@@ -6,11 +6,12 @@
 # u is in registers, or, of rays of several blocks, in global memory. See docs/interlevel.md.
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, empty_gradient
+from .common import accumulator, bounded, empty_gradient
 from .outer_bound import blocks_that_meet, bound, launch, load, touched
 
 
@@ -38,18 +39,21 @@ def interlevel_loss_fwd_kernel(
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     ray = r < R
     t_ptrs, t_env_ptrs = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
-    loss = tl.zeros([BLOCK_R, 1], A)
+    loss = tl.zeros([BLOCK_R, BLOCK_S], A)
+    until = tl.zeros([BLOCK_R, 1], tl.int32)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)[None, :]
         here = ray & (s < S)
-        first, last = blocks_that_meet(
-            t_env_ptrs, E, t_ptrs, start, S, ray, True, ONE_BLOCK, STEPS, BLOCK_S, BLOCK_E, A
+        behind = tl.minimum(start + BLOCK_S, S)
+        first, last, until = blocks_that_meet(
+            t_env_ptrs, E, t_ptrs, behind, S, until, ray, True, ONE_BLOCK, STEPS, BLOCK_E, A
         )
         w_outer = bound(
             t_ptrs, s, here, t_env_ptrs, w_env_ptr + r * E, ray, E, first, last, OUTSIDE, BLOCK_E, A
         )
         rest, u = _uncovered(load(w_ptr + r * S + s, here, A), w_outer, EPS)
-        loss += tl.sum(rest * u, 1)[:, None]
+        loss += rest * u
+    loss = tl.sum(loss, 1)[:, None]
     tl.store(loss_ptr + r, loss / tl.maximum(S, 1), mask=ray)
 
 
@@ -84,11 +88,13 @@ def interlevel_loss_bwd_kernel(
     t_ptrs, t_env_ptrs = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
     scale = load(d_loss_ptr + r, ray, A) / tl.maximum(S, 1)
     u = tl.zeros([BLOCK_R, BLOCK_S], A)
+    until = tl.zeros([BLOCK_R, 1], tl.int32)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)[None, :]
         here = ray & (s < S)
-        first, last = blocks_that_meet(
-            t_env_ptrs, E, t_ptrs, start, S, ray, True, ONE_BLOCK, STEPS, BLOCK_S, BLOCK_E, A
+        behind = tl.minimum(start + BLOCK_S, S)
+        first, last, until = blocks_that_meet(
+            t_env_ptrs, E, t_ptrs, behind, S, until, ray, True, ONE_BLOCK, STEPS, BLOCK_E, A
         )
         w_outer = bound(
             t_ptrs, s, here, t_env_ptrs, w_env_ptr + r * E, ray, E, first, last, OUTSIDE, BLOCK_E, A
@@ -102,11 +108,13 @@ def interlevel_loss_bwd_kernel(
     if NEEDS_D_W_ENV:
         if not ONE_BLOCK:
             tl.debug_barrier()
+        until = tl.zeros([BLOCK_R, 1], tl.int32)
         for start in range(0, E, BLOCK_E):
             k = start + tl.arange(0, BLOCK_E)[None, :]
             u_around = tl.zeros([BLOCK_R, BLOCK_E], A)
-            first, last = blocks_that_meet(
-                t_ptrs, S, t_env_ptrs, start, E, ray, False, ONE_BLOCK, STEPS, BLOCK_E, BLOCK_S, A
+            behind = tl.minimum(start + BLOCK_E, E)
+            first, last, until = blocks_that_meet(
+                t_ptrs, S, t_env_ptrs, behind, E, until, ray, False, ONE_BLOCK, STEPS, BLOCK_S, A
             )
             for block in range(first, last, BLOCK_S):
                 s = block + tl.arange(0, BLOCK_S)[None, :]
@@ -131,6 +139,9 @@ def fwd(t: Tensor, w: Tensor, t_env: Tensor, w_env: Tensor, outside: int, eps: f
     loss = w.new_empty(w.shape[:-1], dtype=accumulator(w.dtype))
     R = loss.numel()
     grid, tile = launch(R, S, E)
+    if w.dtype == torch.float64:
+        # long rays spilled 8 bytes for 80 registers (sm_90), and more bound to 80 (sm_80)
+        tile |= bounded(128, w)
     interlevel_loss_fwd_kernel[grid](
         loss, t, w, t_env, w_env, R, S, E, S + 1, E + 1, EPS=eps, OUTSIDE=outside, **tile
     )

@@ -41,11 +41,13 @@ def outer_bound_fwd_kernel(
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     ray = r < R
     t_ptrs, t_env_ptrs = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
+    until = tl.zeros([BLOCK_R, 1], tl.int32)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)[None, :]
         here = ray & (s < S)
-        first, last = blocks_that_meet(
-            t_env_ptrs, E, t_ptrs, start, S, ray, True, ONE_BLOCK, STEPS, BLOCK_S, BLOCK_E, A
+        behind = tl.minimum(start + BLOCK_S, S)
+        first, last, until = blocks_that_meet(
+            t_env_ptrs, E, t_ptrs, behind, S, until, ray, True, ONE_BLOCK, STEPS, BLOCK_E, A
         )
         w_outer = bound(
             t_ptrs, s, here, t_env_ptrs, w_env_ptr + r * E, ray, E, first, last, OUTSIDE, BLOCK_E, A
@@ -75,11 +77,13 @@ def outer_bound_bwd_kernel(
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     ray = r < R
     t_ptrs, t_env_ptrs = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
+    until = tl.zeros([BLOCK_R, 1], tl.int32)
     for start in range(0, E, BLOCK_E):
         k = start + tl.arange(0, BLOCK_E)[None, :]
         d_w_env = tl.zeros([BLOCK_R, BLOCK_E], A)
-        first, last = blocks_that_meet(
-            t_ptrs, S, t_env_ptrs, start, E, ray, False, ONE_BLOCK, STEPS, BLOCK_E, BLOCK_S, A
+        behind = tl.minimum(start + BLOCK_E, E)
+        first, last, until = blocks_that_meet(
+            t_ptrs, S, t_env_ptrs, behind, E, until, ray, False, ONE_BLOCK, STEPS, BLOCK_S, A
         )
         for block in range(first, last, BLOCK_S):
             s = block + tl.arange(0, BLOCK_S)[None, :]
@@ -140,30 +144,29 @@ def blocks_that_meet(
     edge_ptrs,
     n,
     block_ptrs,
-    start,
+    behind,
     end,
+    until,
     ray,
     RIGHT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
     OTHER_BLOCK: tl.constexpr,
     A: tl.constexpr,
 ):
-    """Of n intervals between edges, the first and last that the block from `start` can touch in any
-    of the rays; all of them where it is the only block."""
+    """Of n intervals between edges, the first and last that the block that ends at `behind` can
+    touch in any of the rays; all of them where it is the only block. `until` is what
+    the block before returned, 0 before the first: where this one's search begins."""
     first, last = 0, n
     if not ONE_BLOCK:
-        behind = tl.minimum(start + BLOCK, end)
-        x_first, x_last = load(block_ptrs + start, ray, A), load(block_ptrs + behind, ray, A)
-        until_first = count_up_to(edge_ptrs, n, x_first, ray, RIGHT, STEPS, A)
-        until_last = count_up_to(edge_ptrs, n, x_last, ray, RIGHT, STEPS, A)
         # an interval outside may be taken to the first or the last one
-        first = tl.maximum(tl.min(tl.where(start > 0, until_first - 1, 0)), 0)
+        first = tl.maximum(tl.min(until) - 1, 0)
         first = tl.minimum(first, n - 1) // OTHER_BLOCK * OTHER_BLOCK
-        last = tl.maximum(tl.max(tl.where(behind < end, until_last, n)), tl.minimum(n, 1))
+        x = load(block_ptrs + behind, ray, A)
+        until = count_up_to(edge_ptrs, n, x, ray, RIGHT, STEPS, A)
+        last = tl.maximum(tl.max(tl.where(behind < end, until, n)), tl.minimum(n, 1))
         last = tl.minimum(last, n)
-    return first, last
+    return first, last, until
 
 
 @triton.jit
@@ -186,7 +189,7 @@ def launch(R: int, S: int, E: int) -> tuple[tuple[int], dict[str, Any]]:
     block_s = min(max(triton.next_power_of_2(S), 16), _MAX_BLOCK_S)
     block_r = _TILE // (block_s * _BLOCK_E)
     one_block = block_s >= S
-    # bisections take registers: with 4 warps 5 of 64 kernels of long rays spill, with 8 warps one
+    # bisections take registers: with 4 warps a kernel of long rays spills (sm_100), with 8 none
     options = {"num_warps": 4 if one_block else 8, "enable_fp_fusion": True}
     tile = {"BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_E": _BLOCK_E}
     more = {"ONE_BLOCK": one_block, "STEPS": max(S, E).bit_length() + 1}
