@@ -74,11 +74,6 @@ class FullTiles(Contract):
     gpu_spills = {
         "composite_tiles_fwd_kernel": "scalar registers, into vector registers on gfx942; float64"
         " of many channels misses a few where ptxas stops at 128, for two blocks.",
-        **{
-            f"composite_tiles_fwd_kernel<4, {T}>": "8 bytes on sm_90, where ptxas stops at 64"
-            " registers, for four blocks."
-            for T in ("__nv_bfloat16", "__half")
-        },
         "composite_tiles_bwd_kernel": "scalar registers, into vector registers on gfx942.",
     }
 

@@ -23,13 +23,13 @@ struct Channels {
 
   A value[kBatch][kChannels];
 
-  __device__ void load(const Scene<T>& scene, const List& list, int64_t first, int64_t channel) {
+  __device__ void load(const Scene<T>& scene, int64_t first, int count, int64_t channel) {
     const int64_t C = scene.channels();
     for (int i = threadIdx.x; i < kBatch * kChannels; i += blockDim.x) {
-      const int64_t place = first + i / kChannels, c = channel + i % kChannels;
-      value[i / kChannels][i % kChannels] =
-          place < list.n && c < C ? channel_of(scene, splat_at(scene, list.begin + place), c)
-                                  : A(0);
+      const int k = i / kChannels;
+      const int64_t c = channel + i % kChannels;
+      value[k][i % kChannels] =
+          k < count && c < C ? channel_of(scene, splat_at(scene, first + k), c) : A(0);
     }
   }
 };
@@ -57,19 +57,20 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
   const Pixel<T> pixel(scene, t);
   Passing<A> passing{1, !pixel.exists};
   A sum[kChannels] = {}, met = 0;
-  // the place in the list of the median; lists are shorter than 2^31
+  // the place in the list of the median; a list is shorter than 2^31
   int halfway = -1;
-  for (int64_t first = 0; first < list.n; first += kBatch) {
+  const int n = static_cast<int>(list.n);
+  for (int first = 0; first < n; first += kBatch) {
     if (__syncthreads_and(passing.ended)) break;
-    batch.load(scene, list.begin + first, list.n - first);
-    channels.load(scene, list, first, first_channel);
+    batch.load(scene, list.begin + first, n - first);
+    channels.load(scene, list.begin + first, n - first, first_channel);
     __syncthreads();
     for (int k = 0; k < kBatch && !passing.ended; ++k) {
       const A before = passing.transmittance;
       const A weight = passing.meet(batch.alpha(scene, k, pixel), scene.ending) * before;
       if (weight == 0) continue;
       met += weight;
-      if (before > A(0.5)) halfway = static_cast<int>(first) + k;
+      if (before > A(0.5)) halfway = first + k;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) sum[c] += weight * channels.value[k][c];
     }
