@@ -272,8 +272,9 @@ def isect_tiles(
         raise ValueError(f"isect_tiles: intersections and splats must be {most} at most, got {got}")
     lengths = lists.tile_offsets.flatten().diff(append=ids.new_tensor([len(ids)]))
     keys = _tile_keys(len(lengths), tile_width * tile_height, ids.device)
-    depth_bits = depths.flatten().float().view(torch.int32)[ids].long() & 0xFFFFFFFF
-    isect_ids = keys.repeat_interleave(lengths, output_size=len(ids)) | depth_bits
+    depth_bits = depths.flatten().float().view(torch.int32).long() & 0xFFFFFFFF
+    isect_ids = keys.repeat_interleave(lengths, output_size=len(ids))
+    isect_ids |= depth_bits.index_select(0, ids)
     ids = ids.int()
     if not sort:
         ids, by_splat = ids.sort(stable=True)
