@@ -1,5 +1,5 @@
-"""packed_searchsorted and searchsorted beside PyTorch: the reference, which bisects step by step, all
-queries at once, and for equally many edges torch.searchsorted."""
+"""packed_searchsorted and searchsorted beside PyTorch: the reference, which bisects for all queries
+at once, and for equally many edges torch.searchsorted."""
 
 from __future__ import annotations
 
