@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -282,7 +283,7 @@ class Draw:
         return _lookup(*inputs, offsets, total, intervals), offsets
 
 
-def _edges_around(counts: Tensor | int) -> Tensor | int:
+def _edges_around(counts: Any) -> Any:
     """How many edges the intervals around so many samples have."""
     return (counts + 1) * (counts > 0)
 
