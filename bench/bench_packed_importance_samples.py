@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import histograms
 import peers
 import rayfuse
 from harness import Workload
-from histograms import HistogramBench, edges_of_rays, packed_rising, rising
 
 COUNT = 48
 WORKLOADS = (
@@ -32,7 +32,7 @@ def inverse_cdf(edges: Tensor, cdf: Tensor) -> Tensor:
     return edges0 + part * (edges1 - edges0)
 
 
-class BenchImportanceSampling(HistogramBench):
+class BenchImportanceSampling(histograms.HistogramBench):
     stem, title = "packed_importance_samples", "dense"
     workloads = WORKLOADS
     also = (peers.eager("nerfstudio", inverse_cdf, mean=False),)
@@ -43,10 +43,10 @@ class BenchImportanceSampling(HistogramBench):
 
     def samples(self, workload: Workload) -> dict[str, Tensor]:
         leading, E = workload.leading, workload.sizes["E"]
-        return dict(edges=rising(leading, E, 0), cdf=rising(leading, E, 1))
+        return dict(edges=histograms.rising(leading, E, 0), cdf=histograms.rising(leading, E, 1))
 
 
-class BenchPackedImportanceSampling(HistogramBench):
+class BenchPackedImportanceSampling(histograms.HistogramBench):
     stem, title = "packed_importance_samples", "packed"
     workloads = WORKLOADS
 
@@ -55,9 +55,9 @@ class BenchPackedImportanceSampling(HistogramBench):
         return rayfuse.packed_importance_sampling(edges, cdf, edge_offsets, COUNT)
 
     def samples(self, workload: Workload) -> dict[str, Tensor]:
-        offsets, Q = edges_of_rays(workload)
+        offsets, Q = histograms.edges_of_rays(workload)
         return dict(
-            edges=packed_rising(offsets, Q, 0),
-            cdf=packed_rising(offsets, Q, 1),
+            edges=histograms.packed_rising(offsets, Q, 0),
+            cdf=histograms.packed_rising(offsets, Q, 1),
             edge_offsets=offsets,
         )

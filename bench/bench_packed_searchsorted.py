@@ -1,15 +1,15 @@
-"""packed_searchsorted and searchsorted beside PyTorch: the reference, which bisects step by step, all
-queries at once, and for equally many edges torch.searchsorted."""
+"""packed_searchsorted and searchsorted beside PyTorch: the reference, which bisects for all queries
+at once, and for equally many edges torch.searchsorted."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+import histograms
 import peers
 import rayfuse
 from harness import Workload
-from histograms import HistogramBench, edges_of_rays, packed_rising, ragged, rising
 
 WORKLOADS = (
     Workload((4096,), dict(E=97, S=49)),
@@ -23,7 +23,7 @@ def neighbours(edges: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     return (right - 1).clamp_(min=0), right
 
 
-class BenchSearchsorted(HistogramBench):
+class BenchSearchsorted(histograms.HistogramBench):
     stem, title = "packed_searchsorted", "dense"
     op = staticmethod(rayfuse.searchsorted)
     workloads = WORKLOADS
@@ -32,22 +32,23 @@ class BenchSearchsorted(HistogramBench):
     def samples(self, workload: Workload) -> dict[str, Tensor]:
         sizes = workload.sizes
         return dict(
-            edges=rising(workload.leading, sizes["E"], 0),
-            queries=rising(workload.leading, sizes["S"], 1),
+            edges=histograms.rising(workload.leading, sizes["E"], 0),
+            queries=histograms.rising(workload.leading, sizes["S"], 1),
         )
 
 
-class BenchPackedSearchsorted(HistogramBench):
+class BenchPackedSearchsorted(histograms.HistogramBench):
     stem, title = "packed_searchsorted", "packed"
     op = staticmethod(rayfuse.packed_searchsorted)
     workloads = WORKLOADS
 
     def samples(self, workload: Workload) -> dict[str, Tensor]:
-        (edge_offsets, Q), P = edges_of_rays(workload), workload.leading[0] * workload.sizes["S"]
-        query_offsets = ragged(workload.leading[0], workload.sizes["S"])
+        rays, S = workload.leading[0], workload.sizes["S"]
+        edge_offsets, Q = histograms.edges_of_rays(workload)
+        query_offsets = histograms.ragged(rays, S)
         return dict(
-            edges=packed_rising(edge_offsets, Q, 0),
+            edges=histograms.packed_rising(edge_offsets, Q, 0),
             edge_offsets=edge_offsets,
-            queries=packed_rising(query_offsets, P, 1),
+            queries=histograms.packed_rising(query_offsets, rays * S, 1),
             query_offsets=query_offsets,
         )

@@ -138,6 +138,20 @@ def test_a_single_interval_is_all_of_the_histogram(forced_backend, device):
     assert rayfuse.importance_sampling(edges, cdf, 1).tolist() == [[1.0, 5.0]]
 
 
+def test_samples_are_in_order_within_the_edges(forced_backend, device):
+    """Just below an edge of the cdf a rounding would lead beyond that of the bin."""
+    u = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)).to(device)
+    edges = torch.stack([-u[0], 1e-3 * u[1], 1e-3 * u[1]], -1)
+    # where the cdf is to be, exactly, and the next number above it
+    wanted = torch.arange(1000, device=device) * 2.0**-23
+    above, one = torch.nextafter(wanted, wanted + 1), torch.ones_like(wanted)
+    cdf, bias = torch.stack([-one, above, one], -1), (1 + wanted) / 2
+    offsets = torch.arange(1001, device=device)
+    draw = torch.ops.rayfuse.packed_importance_samples
+    t = draw(edges.flatten(), cdf.flatten(), 3 * offsets, bias, offsets, 1000, False)
+    assert (t >= edges[:, 0]).all() and (t <= edges[:, 1]).all()
+
+
 def test_a_cdf_without_a_rise_gives_the_middle_of_a_bin(forced_backend, device):
     edges, cdf = torch.tensor([[1.0, 2.0, 5.0], [0.3, 0.3, 0.3]], device=device)
     offsets = torch.tensor([0, 3], device=device)
@@ -159,6 +173,9 @@ def test_dense_sampling_is_the_packed_one_and_has_no_gradient(forced_backend, de
     packed = edges.flatten(), cdf.flatten(), 9 * torch.arange(7, device=device)
     want, _ = rayfuse.packed_importance_sampling(*packed, 4)
     assert torch.equal(got.flatten(), want)
+    got = rayfuse.importance_samples(edges, cdf, 4)
+    assert got.shape == (2, 3, 4)
+    assert torch.equal(got.flatten(), rayfuse.packed_importance_samples(*packed, 4)[0])
 
 
 def test_intervals_are_those_around_the_samples(forced_backend, device):

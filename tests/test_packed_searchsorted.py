@@ -168,6 +168,10 @@ def test_errors_name_the_argument_the_rule_and_the_value(forced_backend, device)
         assert str(raised.value) == f"packed_searchsorted: {message}"
     with pytest.raises(ValueError, match="searchsorted: queries must have the leading dimensions"):
         rayfuse.searchsorted(torch.ones(2, 3), torch.ones(3, 3))
+    with pytest.raises(
+        ValueError, match="searchsorted: queries must be on cpu like edges, got meta"
+    ):
+        rayfuse.searchsorted(torch.ones(2, 3), torch.ones(2, 3, device="meta"))
 
 
 def test_wrong_offsets_do_not_lead_out_of_bounds(forced_backend, device):

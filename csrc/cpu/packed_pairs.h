@@ -1,4 +1,4 @@
-// How threads share rays that have samples of two kinds, included after registration.h.
+// How threads share rays that have samples of two kinds, included after the kernels of a file.
 #pragma once
 
 #include "registration.h"

@@ -4,7 +4,7 @@
 // nerfacc's `importance_sampling`, docs/interlevel.md.
 #include "ray_search.h"
 
-#include <limits>
+#include <cmath>
 
 namespace rayfuse {
 
@@ -55,7 +55,7 @@ struct Samples {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 1)
     packed_importance_samples_fwd_kernel(int64_t R, int64_t Q, int64_t P, bool intervals,
                                          const T* __restrict__ edges,               // [Q]
                                          const T* __restrict__ cdf,                 // [Q]
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kBlock)
                         const int64_t n = ray.end - ray.begin - intervals;
                         if (own.begin == own.end || n < 1) {
                           for (int64_t k = ray.begin + team.rank; k < ray.end; k += kThreads)
-                            out[k] = std::numeric_limits<A>::quiet_NaN();
+                            out[k] = static_cast<A>(NAN);
                           return;
                         }
                         const Samples<T> samples(edges + own.begin, cdf + own.begin,

@@ -8,7 +8,7 @@ namespace rayfuse {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 1)
     packed_searchsorted_fwd_kernel(int64_t R, int64_t Q, int64_t P, bool from_ray,
                                    const T* __restrict__ edges,                // [Q]
                                    const int64_t* __restrict__ edge_offsets,   // [R+1]

@@ -32,12 +32,14 @@ struct Corner {
   A edge, cdf;
 };
 
-// Where between two of them the cdf is u: in the middle if it rises by less than 1e-10.
+// Where between two of them the cdf is u: in the middle if it rises by less than 1e-10. No rounding
+// leads beyond the right one, so that samples are in order.
 template <class A>
 RAYFUSE_DEVICE A position(A u, const Corner<A>& left, const Corner<A>& right) {
   const A rise = right.cdf - left.cdf, width = right.edge - left.edge;
   if (rise < A(1e-10)) return (left.edge + right.edge) * A(0.5);
-  return multiply(u - left.cdf, width / rise) + left.edge;
+  const A t = multiply(u - left.cdf, width / rise) + left.edge;
+  return t > right.edge ? right.edge : t;
 }
 
 // Between two samples their intervals meet.

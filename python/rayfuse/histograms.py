@@ -48,9 +48,11 @@ class Checks:
             self.fail(ValueError, name, f"have shape [{shape}]", list(x.shape))
 
     def rows(self, name: str, x: Tensor, like: str, y: Tensor) -> None:
-        """Both have the same leading dimensions."""
+        """Both have the same leading dimensions, and device."""
         self.values(like, y.flatten(), "")
         self.values(name, x.flatten(), "")
+        if x.device != y.device:
+            self.fail(ValueError, name, f"be on {y.device} like {like}", x.device)
         if y.dim() < 1 or y.shape[-1] < 1:
             self.fail(ValueError, like, "have shape [..., S+1] with S >= 0", list(y.shape))
         if x.dim() < 1 or x.shape[:-1] != y.shape[:-1]:

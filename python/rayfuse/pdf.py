@@ -2,6 +2,7 @@
 kernels define them, on any device: what `rayfuse.lookups` has of them."""
 
 from .lookups import (
+    importance_samples,
     importance_sampling,
     packed_importance_samples,
     packed_importance_sampling,
@@ -11,6 +12,7 @@ from .lookups import (
 )
 
 __all__ = [
+    "importance_samples",
     "importance_sampling",
     "packed_importance_samples",
     "packed_importance_sampling",

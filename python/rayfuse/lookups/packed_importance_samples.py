@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..histograms import Checks, even_offsets, neighbours, ray_of_each
 from ..lookup import Lookup
 
 __all__ = [
+    "importance_samples",
     "importance_sampling",
     "packed_importance_samples",
     "packed_importance_sampling",
@@ -32,7 +34,8 @@ def packed_importance_samples(
     """Positions at even steps of a cdf along packed rays: where it is (i + b) / n of the way up.
 
     The bias b is 1/2, or with `stratified` one random number for all samples of a ray. In a bin in
-    which the cdf rises by less than 1e-10 a sample is in the middle.
+    which the cdf rises by less than 1e-10 a sample is in the middle. The samples of a ray do not
+    decrease, and lie between its edges.
 
     Args:
         edges: [Q] edges of the rays' bins, those of a ray not decreasing.
@@ -94,6 +97,37 @@ def packed_importance_sampling(
     ).intervals()
 
 
+def importance_samples(
+    edges: Tensor,
+    cdf: Tensor,
+    count: int,
+    stratified: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`packed_importance_samples` for rays that have equally many edges.
+
+    Args:
+        edges: [..., S+1] edges of the bins, not decreasing along a ray.
+        cdf: [..., S+1] a function at the edges that does not decrease along a ray.
+        count: how many samples each ray gets, > 0.
+        stratified, generator: see `packed_importance_samples`.
+
+    Returns:
+        [..., count] the positions, without a gradient.
+
+    Raises:
+        ValueError, TypeError: as `packed_importance_samples`.
+
+    Example:
+        >>> import torch, rayfuse
+        >>> edges, cdf = torch.tensor([[0.0, 1.0, 4.0]]), torch.tensor([[0.0, 0.5, 1.0]])
+        >>> rayfuse.importance_samples(edges, cdf, 2)
+        tensor([[0.5000, 2.5000]])
+    """
+    t, _ = Draw.dense("importance_samples", edges, cdf, count, stratified, generator).samples()
+    return t.view(*edges.shape[:-1], count)
+
+
 def importance_sampling(
     edges: Tensor,
     cdf: Tensor,
@@ -103,17 +137,10 @@ def importance_sampling(
 ) -> Tensor:
     """`packed_importance_sampling` for rays that have equally many edges.
 
-    Args:
-        edges: [..., S+1] edges of the bins, not decreasing along a ray.
-        cdf: [..., S+1] a function at the edges that does not decrease along a ray.
-        count: how many intervals each ray gets, > 0.
-        stratified, generator: see `packed_importance_samples`.
+    Arguments and errors are those of `importance_samples`.
 
     Returns:
         [..., count + 1] the edges of the new intervals, without a gradient.
-
-    Raises:
-        ValueError, TypeError: as `packed_importance_samples`.
 
     Example:
         >>> import torch, rayfuse
@@ -256,7 +283,7 @@ class Draw:
         return _lookup(*inputs, offsets, total, intervals), offsets
 
 
-def _edges_around(counts: Tensor | int) -> Tensor | int:
+def _edges_around(counts: Any) -> Any:
     """How many edges the intervals around so many samples have."""
     return (counts + 1) * (counts > 0)
 
@@ -296,7 +323,8 @@ def _packed_importance_samples(
     rise, width = cdf[right] - cdf[left], edges[right] - edges[left]
     flat = rise < _FLAT
     inside = (u - cdf[left]) * (width / rise.masked_fill(flat, 1)) + edges[left]
-    t = torch.where(flat, (edges[left] + edges[right]) * 0.5, inside)
+    # no rounding leads beyond the bin: samples are in order
+    t = torch.where(flat, (edges[left] + edges[right]) * 0.5, inside.minimum(edges[right]))
     if not intervals:
         return t
     places = edge_offsets[:-1].clamp(max=len(edges) - 1), (edge_offsets[1:] - 1).clamp(min=0)
