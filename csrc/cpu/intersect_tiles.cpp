@@ -232,7 +232,7 @@ class Counts {
 
   Counts(int64_t blocks, int64_t bins) : starts(bins), blocks_(blocks), counts_(blocks * bins) {}
 
-  int64_t* of(int64_t block) { return &counts_[block * starts.size()]; }
+  int64_t* of(int64_t block) { return counts_.data() + block * starts.size(); }
 
   // To be called once all is counted; returns how many that is.
   int64_t add_up() {
