@@ -71,13 +71,6 @@ class FullTiles(Contract):
     op = rayfuse.composite_tiles
     variants: tuple[dict[str, object], ...] = (dict(tile_size=16, image_width=28, image_height=13),)
     gpu_sizes = tuple({"N": 32, "D": D, "Y": 1, "X": 2} for D in (3, 64))
-    gpu_spills = {
-        "composite_tiles_fwd_kernel": "scalar registers, into vector registers on gfx942; float64"
-        " of many channels on sm_80, and float32 of few on sm_100, miss some where ptxas stops at"
-        " 128, for two blocks.",
-        "composite_tiles_bwd_kernel": "scalar registers, into vector registers on gfx942; float64"
-        " of few channels misses one of 255 on sm_90.",
-    }
 
     def inputs(self, leading=None, dtype=torch.float32, device="cpu", seed=0, **sizes):
         leading = self.leading if leading is None else leading
