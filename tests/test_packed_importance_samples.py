@@ -272,3 +272,13 @@ def test_errors_name_the_argument_the_rule_and_the_value(forced_backend, device)
         assert str(raised.value) == f"packed_importance_samples: {message}"
     with pytest.raises(ValueError, match="importance_sampling: count must be > 0, got 0"):
         rayfuse.importance_sampling(torch.ones(2, 3), torch.ones(2, 3), 0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_samples_carry_no_gradient(compiled):
+    edges, cdf = (torch.tensor(x, requires_grad=True) for x in ([0.0, 1.0, 2.0], [0.0, 0.5, 1.0]))
+    draw = rayfuse.importance_samples
+    call = torch.compile(draw, backend="aot_eager") if compiled else draw
+    t = call(edges, cdf, 4)
+    assert not t.requires_grad
+    assert t.tolist() == [0.25, 0.75, 1.25, 1.75]
