@@ -42,32 +42,11 @@ __global__ void __launch_bounds__(kBlock)
 }  // namespace rayfuse
 
 #include "registration.h"
+#include "torch_ops.h"
 #include "../tiles.h"
-
-#include <array>
 
 namespace rayfuse {
 namespace {
-
-// Running sums, of 64 bits.
-Tensor running_sums(const Tensor& counts) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(torch::stable::flatten(counts)), from(int64_t{0}),
-                                    from(std::optional<ScalarType>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// The last value, for which the host waits.
-int64_t last_of(const Tensor& x) {
-  int64_t value = 0;
-  if (x.numel()) {
-    const Tensor last = torch::stable::select(x, 0, x.numel() - 1);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(last.get(), &value));
-  }
-  return value;
-}
 
 std::tuple<Tensor, Tensor, Tensor> lookup(const Tensor& means2d, const Tensor& conics,
                                           const Tensor& opacities, const Tensor& tile_offsets,
@@ -91,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> lookup(const Tensor& means2d, const Tensor& c
     const Grid grid{scene.tiles(), threads_of(tile_size), 0, device.stream()};
     auto* const of_pixels = mutable_data<int32_t>(counts);
     launch(grid, tile_contributors_kernel<A>, scene, nullptr, of_pixels, nullptr, nullptr);
-    const Tensor ends = running_sums(counts);
+    const Tensor ends = cumsum(torch::stable::flatten(counts));
     const int64_t K = last_of(ends);
     const Tensor ids = empty(means2d, {K}, aoti_torch_dtype_int64());
     const Tensor weights = empty(means2d, {K}, dtype_of(means2d));

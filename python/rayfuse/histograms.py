@@ -56,7 +56,8 @@ class Checks:
         if y.dim() < 1 or y.shape[-1] < 1:
             self.fail(ValueError, like, "have shape [..., S+1] with S >= 0", list(y.shape))
         if x.dim() < 1 or x.shape[:-1] != y.shape[:-1]:
-            self.fail(ValueError, name, f"have the leading dimensions of {like}", list(x.shape))
+            rule = f"have the leading dimensions of {like}, {list(y.shape[:-1])}"
+            self.fail(ValueError, name, rule, list(x.shape))
 
     def same_length(self, name: str, x: Tensor, like: str, y: Tensor) -> None:
         if x.device != y.device:
