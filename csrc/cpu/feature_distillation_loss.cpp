@@ -6,13 +6,14 @@ namespace {
 
 DenseRays rays_of(const Tensor& w) { return {count_rays(w, 1), w.size(-1)}; }
 
-Tensor fwd(const Tensor& w, const Tensor& f, const Tensor& target) {
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& w, const Tensor& f, const Tensor& target) {
   return losses(rays_of(w), leading_sizes(w, 1), w, f, target);
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& w, const Tensor& f,
+std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& error,
+                                       const Tensor& product, const Tensor& w, const Tensor& f,
                                        const Tensor& target, int64_t needs) {
-  return gradients(rays_of(w), d_loss, w, f, target, needs);
+  return gradients(rays_of(w), d_loss, error, product, w, f, target, needs);
 }
 
 }  // namespace

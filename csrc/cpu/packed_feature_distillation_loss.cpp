@@ -8,14 +8,16 @@ PackedRays rays_of(const Tensor& offsets, const Tensor& w) {
   return {"packed_feature_distillation_loss", offsets, w.numel()};
 }
 
-Tensor fwd(const Tensor& w, const Tensor& f, const Tensor& target, const Tensor& offsets) {
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& w, const Tensor& f, const Tensor& target,
+                                       const Tensor& offsets) {
   const PackedRays rays = rays_of(offsets, w);
   return losses(rays, {rays.R}, w, f, target);
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& w, const Tensor& f,
+std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& error,
+                                       const Tensor& product, const Tensor& w, const Tensor& f,
                                        const Tensor& target, const Tensor& offsets, int64_t needs) {
-  return gradients(rays_of(offsets, w), d_loss, w, f, target, needs);
+  return gradients(rays_of(offsets, w), d_loss, error, product, w, f, target, needs);
 }
 
 }  // namespace

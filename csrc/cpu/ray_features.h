@@ -172,7 +172,8 @@ class RayFeatures {
 
   template <int rows, bool with_d_w, bool with_d_f>
   void spread_rows(int64_t s, const A* g, const T* f, T* d_f) {
-    f += s * C_, d_f += s * C_;
+    if (with_d_w) f += s * C_;
+    if (with_d_f) d_f += s * C_;
     Block<A> total = {};
     for (int64_t begin = 0; begin < C_; begin += kInLevel * kLanes<A>) {
       Block<A> dot = {};

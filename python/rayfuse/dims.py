@@ -1,5 +1,7 @@
 """The dims string of an op: `t[..., S+1] w[..., S] background?[..., C] -> loss[...]`.
 
+What the forward leaves to the backward alone follows: `-> loss[...] keeps error[..., C]`.
+
 `...` stands for any number of leading dimensions, shared by all arguments; a capital letter is a
 size, found where it first occurs; a number is itself; `?` marks an argument that may be absent.
 """
@@ -40,6 +42,7 @@ class ShapeError(ValueError):
 class Signature:
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
+    kept: tuple[Array, ...]
 
     @classmethod
     def parse(cls, text: str) -> Signature:
@@ -47,7 +50,8 @@ class Signature:
         sides = text.split("->")
         if len(sides) != 2:
             raise ValueError(f"dims must read 'inputs -> outputs', got {text!r}")
-        return cls(*(tuple(map(_array, _ARRAY.finditer(side))) for side in sides))
+        outputs, _, kept = sides[1].partition(" keeps ")
+        return cls(*(tuple(map(_array, _ARRAY.finditer(x))) for x in (sides[0], outputs, kept)))
 
     def bind(
         self, shapes: Sequence[tuple[int, ...] | None]

@@ -40,6 +40,7 @@ def op(
     domain: dict[str, Domain] | None = None,
     constant: Sequence[str] = (),
     narrow: Sequence[str] = (),
+    keep: Callable | None = None,
     base: type[Op] | None = None,
 ) -> Callable[[Callable], Any]:
     """Make a differentiable op of a plain PyTorch reference.
@@ -55,6 +56,8 @@ def op(
             is always checked.
         constant: the inputs in which the op is piecewise constant: they get no gradient.
         narrow: the inputs that may be of half precision where the others are float32.
+        keep: the reference of what the forward keeps for the backward, a tuple, with the same
+            parameters.
         base: a class derived from `Op`, for an op that does not fit.
 
     Returns:
@@ -64,7 +67,7 @@ def op(
 
     def decorate(reference: Callable) -> Any:
         signature = dims.Signature.parse(dims_text)
-        return (base or Op)(reference, signature, domain or {}, constant, narrow).public()
+        return (base or Op)(reference, signature, domain or {}, constant, narrow, keep).public()
 
     return decorate
 
@@ -118,8 +121,9 @@ class Op:
         domain: dict[str, Domain],
         constant: Sequence[str],
         narrow: Sequence[str],
+        keep: Callable | None,
     ) -> None:
-        self.reference = reference
+        self.reference, self._keep = reference, keep
         self.parameters = [*inspect.signature(reference).parameters.values()]
         self.name = reference.__name__
         self.signature = signature
@@ -156,7 +160,9 @@ class Op:
             for namespace in ("rayfuse", *map(backend.library_namespace, backend.LIBRARIES))
         ]
         self._passed: set[tuple] = set()
-        self.Function, self.Transformable = _autograd_functions(self.name, len(self.inputs))
+        self.Function, self.Transformable = _autograd_functions(
+            self.name, len(self.inputs), len(self.outputs)
+        )
         _OPS[self.name] = self
 
     # ---- the public function
@@ -166,6 +172,12 @@ class Op:
         function, transformable = self.Function, self.Transformable
         # the usual call, tensors alone, must not wait for what only others need
         plain = len(self.inputs) if self._required == self.inputs and not self.scalars else None
+
+        def returned(out: Any) -> Any:
+            """Without what is kept for the backward."""
+            if not self.signature.kept:
+                return out
+            return out[0] if len(self.outputs) == 1 else out[: len(self.outputs)]
 
         def apply(
             args: tuple[Any, ...],
@@ -180,9 +192,9 @@ class Op:
                 args = self._encoded(args)
             if torch.compiler.is_compiling() and not _wants_gradient(args):
                 # torch 2.13 traces a Function without gradients as if it took a ctx
-                return transformable.forward(reduction, denominator, *args)
+                return returned(transformable.forward(reduction, denominator, *args))
             if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-                return transformable.apply(reduction, denominator, *args)
+                return returned(transformable.apply(reduction, denominator, *args))
             if torch.autograd._profiler_enabled():
                 chosen = self.kernels.choose(args[0].device.type).name
                 with torch.profiler.record_function(f"rayfuse::{self.name} on {chosen}"):
@@ -349,13 +361,20 @@ class Op:
 
     # ---- the reference as a backend
 
+    def _reference(self, *args: Any) -> Any:
+        return self._referred(self.reference, args)
+
     def _reference_fwd(self, *args: Any) -> Any:
+        out = self._reference(*args)
+        return (*_as_tuple(out), *self._referred(self._keep, args)) if self._keep else out
+
+    def _referred(self, reference: Callable, args: Sequence[Any]) -> Any:
         tensors = [_accumulated(x) for x in args[: len(self.inputs)]]
         values = dict(zip(self.inputs, tensors, strict=True))
         required = [values.pop(name) for name in self._required]
         scalars = zip(self.scalars, args[len(self.inputs) :], strict=True)
         named = {scalar.name: scalar.decode(value) for scalar, value in scalars}
-        return self.reference(*required, **values, **named)
+        return reference(*required, **values, **named)
 
     def _reference_bwd(self, *args: Any) -> Any:
         d_outputs, raw, needs = self._split_bwd(args)
@@ -366,7 +385,7 @@ class Op:
         # below the dispatcher autograd's keys are excluded, and a reference is differentiated there
         below = torch._C._SetExcludeDispatchKeyGuard
         with below(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-            found = _gradients(self._reference_fwd(*wide), [*wanted.values()], d_outputs)
+            found = _gradients(self._reference(*wide), [*wanted.values()], d_outputs)
         grads = {i: grad.to(raw[i].dtype) for i, grad in zip(wanted, found, strict=True)}
         out = [
             grads[i] if i in grads else (raw[0] if raw[i] is None else raw[i]).new_empty(0)
@@ -376,8 +395,8 @@ class Op:
 
     def _split_bwd(self, args: tuple[Any, ...]) -> tuple[list[Any], list[Any], int]:
         """The gradients of the outputs, the arguments of the forward, and `needs`."""
-        outputs = len(self.signature.outputs)
-        return [*args[:outputs]], [*args[outputs:-1]], args[-1]
+        outputs = len(self.outputs)
+        return [*args[:outputs]], [*args[outputs + len(self.signature.kept) : -1]], args[-1]
 
     def bind(self, args: Sequence[Any]) -> tuple[tuple[int, ...], dict[str, int]]:
         """The leading shape and the sizes that these arguments give the outputs."""
@@ -393,10 +412,12 @@ class Op:
         # of several outputs a loss often uses some
         d_output = "Tensor" if len(self.outputs) == 1 else "Tensor?"
         d_outputs = [f"{d_output} {_GRADIENT_PREFIX}{name}" for name in self.outputs]
+        kept = [f"Tensor {array.name}" for array in self.signature.kept]
+        results = len(d_outputs) + len(kept)
         directions = {
-            self.name: (inputs, len(self.outputs), self._fake_fwd, self.run_fwd),
+            self.name: (inputs, results, self._fake_fwd, self.run_fwd),
             f"{self.name}_bwd": (
-                [*d_outputs, *inputs, "int needs"],
+                [*d_outputs, *kept, *inputs, "int needs"],
                 len(self.differentiable),
                 self._fake_bwd,
                 self.run_bwd,
@@ -422,12 +443,14 @@ class Op:
         d_outputs, raw, needs = self._split_bwd(args)
         self._check_raw(raw)
         leading, sizes = self.bind(raw)
-        for array, d_output in zip(self.signature.outputs, d_outputs, strict=True):
+        names = [*(_GRADIENT_PREFIX + name for name in self.outputs)]
+        names += [array.name for array in self.signature.kept]
+        arrays = (*self.signature.outputs, *self.signature.kept)
+        for name, array, x in zip(names, arrays, args, strict=False):
             shape = list(array.shape(leading, sizes))
-            if d_output is not None and list(d_output.shape) != shape:
-                name = _GRADIENT_PREFIX + array.name
-                self._fail(ValueError, name, f"have shape {shape}", list(d_output.shape))
-        return self.kernels.choose(raw[0].device.type).run_bwd((*d_outputs, *raw), needs)
+            if x is not None and list(x.shape) != shape:
+                self._fail(ValueError, name, f"have shape {shape}", list(x.shape))
+        return self.kernels.choose(raw[0].device.type).run_bwd(args[:-1], needs)
 
     def _check_raw(self, raw: Sequence[Any]) -> None:
         for scalar, value in zip(self.scalars, raw[len(self.inputs) :], strict=True):
@@ -441,7 +464,7 @@ class Op:
         dtype = _accumulator(raw[0].dtype)
         outputs = [
             raw[0].new_empty(array.shape(leading, sizes), dtype=dtype)
-            for array in self.signature.outputs
+            for array in (*self.signature.outputs, *self.signature.kept)
         ]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -479,7 +502,7 @@ class Op:
     ) -> list[Tensor | None]:
         """The gradients as a graph, for a second derivative, by the reference."""
         inputs = [raw[i] for i in wanted]
-        grads = _gradients(self._reference_fwd(*raw), inputs, d_outputs, create_graph=True)
+        grads = _gradients(self._reference(*raw), inputs, d_outputs, create_graph=True)
         found = dict(zip(wanted, grads, strict=True))
         return [found.get(i) for i in self.differentiable]
 
@@ -517,10 +540,13 @@ _PASSED_AT_MOST = 1024
 _OPS: dict[str, Op] = {}
 
 
-def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Function], ...]:
+def _autograd_functions(
+    name: str, arity: int, outputs: int
+) -> tuple[type[torch.autograd.Function], ...]:
     """(reduction, denominator, *tensors, *scalars) -> outputs as an autograd Function, twice.
 
-    torch.func and torch.compile want `setup_context`, which doubles the cost of an eager call.
+    torch.func and torch.compile want `setup_context`, which doubles the cost of an eager call, and
+    what is kept for the backward among the outputs.
     """
     raw = getattr(torch.ops.rayfuse, name).default
     raw_bwd = getattr(torch.ops.rayfuse, f"{name}_bwd").default
@@ -531,22 +557,20 @@ def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Func
         # past torch.ops, which costs more than all the rest of an eager call
         return _OPS[name].kernels.choose(args[0].device.type).run_fwd(args)
 
-    def reduce(out: Any, reduction: str | None, denominator: Any) -> Any:
+    def reduce(out: tuple[Tensor, ...], reduction: str | None, denominator: Any) -> list[Tensor]:
         if reduction not in ("mean", "sum"):
-            return out
-        if isinstance(out, Tensor):
-            return _reduced(out, _count(out.shape, reduction, denominator))
-        return tuple([_reduced(x, _count(x.shape, reduction, denominator)) for x in out])
+            return [*out]
+        return [_reduced(x, _count(x.shape, reduction, denominator)) for x in out]
 
     def save(
         ctx: Any,
         reduction: str | None,
         denominator: Any,
         args: Sequence[Any],
+        kept: Sequence[Tensor],
         shape: Sequence[int],
-        outputs: int,
     ) -> None:
-        ctx.save_for_backward(*args[:arity])
+        ctx.save_for_backward(*args[:arity], *kept)
         ctx.scalars = args[arity:]
         ctx.reduction, ctx.denominator, ctx.shape = reduction, denominator, shape
         # the backward may run in another thread, where another backend is forced
@@ -565,30 +589,27 @@ def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Func
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, reduction: str | None, denominator: Any, *args: Any) -> Any:
-            out = run(args)
-            if isinstance(out, Tensor):
-                save(ctx, reduction, denominator, args, out.shape, 1)
-            else:
-                save(ctx, reduction, denominator, args, out[0].shape, len(out))
-            return reduce(out, reduction, denominator)
+            out = _as_tuple(run(args))
+            save(ctx, reduction, denominator, args, out[outputs:], out[0].shape)
+            results = reduce(out[:outputs], reduction, denominator)
+            return results[0] if outputs == 1 else tuple(results)
 
         @staticmethod
         def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-            op = _OPS[name]
-            args = (*ctx.saved_tensors, *ctx.scalars)
+            op, saved, d_outputs = _OPS[name], ctx.saved_tensors, d_outputs[:outputs]
+            args, kept = (*saved[:arity], *ctx.scalars), saved[arity:]
             wanted = [i for i in op.differentiable if ctx.needs_input_grad[2 + i]]
             if ctx.reduction in ("mean", "sum"):
                 d_outputs = tuple([per_ray(ctx, d_output) for d_output in d_outputs])
             if torch.compiler.is_compiling():
-                grads = raw_bwd(*d_outputs, *args, op.needs(wanted))
+                grads = raw_bwd(*d_outputs, *kept, *args, op.needs(wanted))
             elif torch.is_grad_enabled():
                 grads = op.differentiable_bwd(d_outputs, args, wanted)
             else:
                 chosen = op.kernels.choose(args[0].device.type, ctx.backend)
-                grads = chosen.run_bwd((*d_outputs, *args), op.needs(wanted))
-            grads = (grads,) if isinstance(grads, Tensor) else grads
+                grads = chosen.run_bwd((*d_outputs, *kept, *args), op.needs(wanted))
             found: list[Tensor | None] = [None] * (2 + len(args))
-            for i, grad in zip(op.differentiable, grads, strict=True):
+            for i, grad in zip(op.differentiable, _as_tuple(grads), strict=True):
                 if i in wanted:
                     found[2 + i] = grad
             return tuple(found)
@@ -596,14 +617,16 @@ def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Func
     class Transformable(Function):
         @staticmethod
         def forward(reduction: str | None, denominator: Any, *args: Any) -> Any:  # type: ignore[override]
-            return reduce(run(args), reduction, denominator)
+            out = _as_tuple(run(args))
+            results = (*reduce(out[:outputs], reduction, denominator), *out[outputs:])
+            return results[0] if len(results) == 1 else results
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             reduction, denominator, *args = inputs
             op = _OPS[name]
             shape = op.signature.shape_of_first_output(args[:arity])
-            save(ctx, reduction, denominator, args, shape, len(op.outputs))
+            save(ctx, reduction, denominator, args, _as_tuple(output)[outputs:], shape)
 
         @staticmethod
         def vmap(
@@ -620,9 +643,9 @@ def _autograd_functions(name: str, arity: int) -> tuple[type[torch.autograd.Func
             if reduction not in ("mean", "sum"):
                 out = Transformable.apply(reduction, None, *args)
             else:
-                out = torch.utils._pytree.tree_map(
-                    reduce_each, Transformable.apply("none", None, *args)
-                )
+                each = _as_tuple(Transformable.apply("none", None, *args))
+                out = (*map(reduce_each, each[:outputs]), *each[outputs:])
+                out = out[0] if len(out) == 1 else out
             return out, torch.utils._pytree.tree_map(lambda _: 0, out)
 
     Function.__name__ = Function.__qualname__ = f"{name}.Function"
@@ -639,16 +662,19 @@ def _gradients(
     outputs: Any, wanted: Sequence[Tensor], d_outputs: Sequence[Tensor | None], **options: Any
 ) -> Sequence[Tensor]:
     """torch.autograd.grad, where outputs may have no gradient and inputs no influence."""
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     pairs = [
         (y, d_y)
-        for y, d_y in zip(outputs, d_outputs, strict=True)
+        for y, d_y in zip(_as_tuple(outputs), d_outputs, strict=True)
         if d_y is not None and y.requires_grad
     ]
     if not (pairs and wanted):
         return [torch.zeros_like(x) for x in wanted]
     used, d_used = zip(*pairs, strict=True)
     return torch.autograd.grad(used, wanted, d_used, materialize_grads=True, **options)
+
+
+def _as_tuple(x: Any) -> tuple[Any, ...]:
+    return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
 def _batch_first(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, ...]:

@@ -127,11 +127,11 @@ class PackedOp(Op):
             if f"{t}_starts" in self.inputs:
                 yield f"{t}_starts", f"{t}_ends", offsets, self.domain[offsets].size or ""
 
-    def _reference_fwd(self, *args: Any) -> Any:
+    def _reference(self, *args: Any) -> Any:
         # on the CPU kernels look at the offsets as well, as it costs no synchronisation
         if args[0].device.type == "cpu":
             self.check_integers(args[: len(self.inputs)])
-        return super()._reference_fwd(*args)
+        return super()._reference(*args)
 
     def _check_values(self, named: dict[str, Tensor]) -> None:
         super()._check_values(named)

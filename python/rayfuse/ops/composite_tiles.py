@@ -105,11 +105,11 @@ class TileOp(Op):
             self._fail(TypeError, first, "be float32 or float64", str(want).removeprefix("torch."))
         super()._check_dtype(name, dtype, first, want)
 
-    def _reference_fwd(self, *args: Any) -> Any:
+    def _reference(self, *args: Any) -> Any:
         # on the CPU kernels look at the lists as well, as it costs no synchronisation
         if args[0].device.type == "cpu":
             self.check_integers(args[: len(self.inputs)])
-        return super()._reference_fwd(*args)
+        return super()._reference(*args)
 
     def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         preset = named.get("preset", "gsplat15")

@@ -5,7 +5,17 @@ from torch import Tensor
 from ..op import op
 
 
-@op("w[..., S] f[..., S, C] target[..., C] -> loss[...]", narrow=("f", "target"))
+def error_and_products(w: Tensor, f: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """What all gradients follow from without another look at f."""
+    error = (w[..., None] * f).sum(-2) - target
+    return error, (f * error[..., None, :]).sum(-1)
+
+
+@op(
+    "w[..., S] f[..., S, C] target[..., C] -> loss[...] keeps error[..., C] product[..., S]",
+    narrow=("f", "target"),
+    keep=error_and_products,
+)
 def feature_distillation_loss(w: Tensor, f: Tensor, target: Tensor) -> Tensor:
     """Squared error of the rendered features of each ray: mean_c (sum_s w_s f_sc - target_c)^2.
 

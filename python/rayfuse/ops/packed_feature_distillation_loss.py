@@ -9,10 +9,21 @@ from ..packed import PackedOp, PackedRays
 __all__ = ["packed_feature_distillation_loss"]
 
 
+def error_and_products(
+    w: Tensor, f: Tensor, target: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What all gradients follow from without another look at f."""
+    rays = PackedRays(offsets, len(w))
+    error = rays.total(w[:, None] * f) - target
+    of_sample = error[rays.ray] if len(error) else f.new_zeros(f.shape)
+    return error, (f * of_sample).sum(-1)
+
+
 @op(
-    "w[P] f[P, C] target[R, C] offsets[R+1] -> loss[R]",
+    "w[P] f[P, C] target[R, C] offsets[R+1] -> loss[R] keeps error[R, C] product[P]",
     domain=dict(offsets=csr),
     narrow=("f", "target"),
+    keep=error_and_products,
     base=PackedOp,
 )
 def packed_feature_distillation_loss(
