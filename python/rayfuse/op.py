@@ -440,7 +440,7 @@ class Op:
 
     def run_bwd(self, *args: Any) -> Any:
         """The raw backward: gradients of the inputs, empty where `needs` has no bit."""
-        d_outputs, raw, needs = self._split_bwd(args)
+        _, raw, needs = self._split_bwd(args)
         self._check_raw(raw)
         leading, sizes = self.bind(raw)
         names = [*(_GRADIENT_PREFIX + name for name in self.outputs)]
