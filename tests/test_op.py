@@ -59,6 +59,16 @@ def toy_scaled(x: Tensor, *, by: float) -> Tensor:
     return by * x
 
 
+def sines(x: Tensor) -> tuple[Tensor]:
+    return (x.sin(),)
+
+
+@op("x[..., S] -> loss[...] keeps sine[..., S]", keep=sines)
+def toy_keeping(x: Tensor) -> Tensor:
+    """Keeps its derivative, but for the sign."""
+    return x.cos().sum(-1)
+
+
 SIZES = dict(S=5, C=3)
 SCALARS = dict(mode="twice", eps=0.5, square=True)
 
@@ -266,3 +276,37 @@ def test_named_tensors_and_wrong_dtypes():
         toy(t, w, f=f.double())
     with pytest.raises(ValueError, match="mode must be < 2, got 2"):
         torch.ops.rayfuse.toy(t, w, f, None, 2, 0.5, False)
+
+
+def test_what_is_kept_reaches_the_backward_and_nobody_else(monkeypatch):
+    x = torch.rand(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert str(torch.ops.rayfuse.toy_keeping_bwd.default._schema) == (
+        "rayfuse::toy_keeping_bwd(Tensor d_loss, Tensor sine, Tensor x, int needs) -> Tensor"
+    )
+    seen = []
+    chosen = toy_keeping.op.kernels.choose("cpu")
+
+    def bwd(d_loss, sine, x, needs):
+        seen.append(sine)
+        return -d_loss[..., None] * sine
+
+    spy = chosen._replace(bwd=bwd)
+    monkeypatch.setattr(toy_keeping.op.kernels, "choose", lambda *_: spy)
+    loss = toy_keeping(x)
+    assert loss.shape == ()
+    (d_x,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(d_x, -x.sin() / 6)
+    torch.testing.assert_close(seen[0], x.sin())
+    with pytest.raises(ValueError, match=r"sine must have shape \[2, 3, 5\], got \[2, 3, 4\]"):
+        torch.ops.rayfuse.toy_keeping_bwd(torch.ones(2, 3), x[..., 1:], x, 1)
+
+
+def test_what_is_kept_goes_through_compile_vmap_and_grad():
+    x = torch.rand(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    want = -x.detach().sin()
+    compiled = torch.compile(toy_keeping, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, reduction="sum"), x)[0], want)
+    each = torch.vmap(torch.func.grad(lambda x: toy_keeping(x, reduction="sum")))
+    torch.testing.assert_close(each(x.detach()), want)
+    torch.testing.assert_close(torch.vmap(toy_keeping)(x), x.cos().sum(-1).mean(-1))
+    assert torch.autograd.gradgradcheck(toy_keeping, (x,))

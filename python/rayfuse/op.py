@@ -443,10 +443,9 @@ class Op:
         _, raw, needs = self._split_bwd(args)
         self._check_raw(raw)
         leading, sizes = self.bind(raw)
-        names = [*(_GRADIENT_PREFIX + name for name in self.outputs)]
-        names += [array.name for array in self.signature.kept]
-        arrays = (*self.signature.outputs, *self.signature.kept)
-        for name, array, x in zip(names, arrays, args, strict=False):
+        named = [(_GRADIENT_PREFIX + array.name, array) for array in self.signature.outputs]
+        named += [(array.name, array) for array in self.signature.kept]
+        for (name, array), x in zip(named, args, strict=False):
             shape = list(array.shape(leading, sizes))
             if x is not None and list(x.shape) != shape:
                 self._fail(ValueError, name, f"have shape {shape}", list(x.shape))
