@@ -33,7 +33,7 @@ RAYFUSE_KERNEL void losses(int64_t first, int64_t last, const Rays& rays, int64_
       total.column[0] += e_c * e_c;
     });
     loss[r] = sum_samples<A>(sum_columns(transpose(total)))[0] / static_cast<A>(C);
-    ray.template spread<true, false>(e, f + k * C, nullptr);
+    ray.template spread<true, false, true>(e, f + k * C, nullptr);
     write_row<A>(error, r * C, C, e);
     write_row<A>(product, k, S, ray.d_w);
   }

@@ -119,13 +119,10 @@ class RayFeatures {
     sum.clear(), lost_.clear();
     for (int64_t begin = 0; begin < S_; begin += kInLevel) {
       const int64_t end = std::min(begin + kInLevel, S_);
-      near_.clear();
       if (is_packed()) {
         add_packed(begin, end, f);
       } else {
-        int64_t s = begin;
-        for (; s + kRows <= end; s += kRows) add_rows<kRows>(s, f);
-        for (; s < end; ++s) add_rows<1>(s, f);
+        with_registers([&](auto n) { add<n>(begin, end, f); });
       }
       for_registers<A>(C_, [&](int64_t c, auto) {
         const vec<A> before = load(sum + c), term = load(near_ + c) - load(lost_ + c);
@@ -137,15 +134,18 @@ class RayFeatures {
     }
   }
 
-  // d_w_s = sum_c g_c f_sc, d_f_s = w_s g
-  template <bool with_d_w, bool with_d_f>
+  // d_w_s = sum_c g_c f_sc, d_f_s = w_s g; of an f that is in cache if it was just added up
+  template <bool with_d_w, bool with_d_f, bool in_cache = false>
   void spread(const A* g,  // [C]
               const T* f,  // [S, C]
               T* d_f) {    // [S, C]
     if (is_packed()) return spread_packed<with_d_w, with_d_f>(g, f, d_f);
-    int64_t s = 0;
-    for (; s + kRows <= S_; s += kRows) spread_rows<kRows, with_d_w, with_d_f>(s, g, f, d_f);
-    for (; s < S_; ++s) spread_rows<1, with_d_w, with_d_f>(s, g, f, d_f);
+    with_registers([&](auto n) {
+      int64_t s = 0;
+      for (; s + kRows <= S_; s += kRows)
+        spread_rows<kRows, n, with_d_w, with_d_f, in_cache>(s, g, f, d_f);
+      for (; s < S_; ++s) spread_rows<1, n, with_d_w, with_d_f, in_cache>(s, g, f, d_f);
+    });
     if (past_cache_) finish_stream();
   }
 
@@ -154,6 +154,40 @@ class RayFeatures {
   static constexpr int kRows = kRays<A>;
 
   bool is_packed() const { return C_ > 0 && 2 * C_ <= kLanes<A>; }
+
+  // Calls f with how many registers hold the channels where it pays to know it, else with 0.
+  // 64 channels: the forward of a distillation took 4.2 ms and takes 3.0 (4096 x 48, one thread).
+  template <class F>
+  void with_registers(const F& f) const {
+    switch (C_ % kLanes<A> == 0 ? C_ / kLanes<A> : 0) {
+      case 2:
+        return f(std::integral_constant<int, 2>());
+      case 4:
+        return f(std::integral_constant<int, 4>());
+      case 8:
+        return f(std::integral_constant<int, 8>());
+      default:
+        return f(std::integral_constant<int, 0>());
+    }
+  }
+
+  // near = the sum of these samples
+  template <int registers>
+  void add(int64_t begin, int64_t end, const T* f) {
+    if constexpr (registers > 0) {
+      vec<A> x[registers] = {};
+      for (int64_t s = begin; s < end; ++s) {
+        const vec<A> w_s = broadcast(w[s]);
+        for (int i = 0; i < registers; ++i) x[i] += w_s * load(f + s * C_ + i * kLanes<A>);
+      }
+      for (int i = 0; i < registers; ++i) store(near_ + i * kLanes<A>, x[i]);
+    } else {
+      near_.clear();
+      int64_t s = begin;
+      for (; s + kRows <= end; s += kRows) add_rows<kRows>(s, f);
+      for (; s < end; ++s) add_rows<1>(s, f);
+    }
+  }
 
   template <int rows>
   void add_rows(int64_t s, const T* f) {
@@ -170,27 +204,32 @@ class RayFeatures {
     });
   }
 
-  template <int rows, bool with_d_w, bool with_d_f>
+  template <int rows, int registers, bool with_d_w, bool with_d_f, bool in_cache>
   void spread_rows(int64_t s, const A* g, const T* f, T* d_f) {
     if (with_d_w) f += s * C_;
     if (with_d_f) d_f += s * C_;
     Block<A> total = {};
-    for (int64_t begin = 0; begin < C_; begin += kInLevel * kLanes<A>) {
-      Block<A> dot = {};
-      for_registers<A>(std::min(C_ - begin, kInLevel * kLanes<A>), [&](int64_t i, auto n) {
-        const int64_t c = begin + i;
-        const vec<A> g_c = load(g + c, n);
-        for (int i = 0; i < rows; ++i) {
-          if (with_d_w) {
-            __builtin_prefetch(f + (rows + i) * C_ + c);
-            dot.column[i] += g_c * load(f + i * C_ + c, n);
-          }
-          if (!with_d_f) continue;
-          const vec<A> x = w[s + i] * g_c;
-          past_cache_ ? stream(d_f + i * C_ + c, x) : store(d_f + i * C_ + c, x, n);
+    const auto at_channels = [&](Block<A>& dot, int64_t c, auto n) {
+      const vec<A> g_c = load(g + c, n);
+      for (int i = 0; i < rows; ++i) {
+        if (with_d_w) {
+          if (!in_cache) __builtin_prefetch(f + (rows + i) * C_ + c);
+          dot.column[i] += g_c * load(f + i * C_ + c, n);
         }
-      });
-      total = total + dot;
+        if (!with_d_f) continue;
+        const vec<A> x = w[s + i] * g_c;
+        past_cache_ ? stream(d_f + i * C_ + c, x) : store(d_f + i * C_ + c, x, n);
+      }
+    };
+    if constexpr (registers > 0) {
+      for (int i = 0; i < registers; ++i) at_channels(total, i * kLanes<A>, AllLanes());
+    } else {
+      for (int64_t begin = 0; begin < C_; begin += kInLevel * kLanes<A>) {
+        Block<A> dot = {};
+        for_registers<A>(std::min(C_ - begin, kInLevel * kLanes<A>),
+                         [&](int64_t i, auto n) { at_channels(dot, begin + i, n); });
+        total = total + dot;
+      }
     }
     if (with_d_w) store(d_w + s, sum_samples<A>(sum_columns(transpose(total))));
   }
