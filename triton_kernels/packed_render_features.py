@@ -34,14 +34,15 @@ def packed_render_features_fwd_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     r = first + tl.arange(0, BLOCK_R)
     begin, n = packed_rays(offsets_ptr, r, R, P)
+    c = tl.arange(0, BLOCK_C)
     short = n <= BLOCK_LONG
-    features = rendered(w_ptr, f_ptr, begin, tl.where(short, n, 0), C, A, BLOCK_S, BLOCK_C)
-    store_rows(features_ptr, r, features, (r < R) & short, C)
+    features = rendered(w_ptr, f_ptr, begin, tl.where(short, n, 0), c, C, A, BLOCK_S)
+    store_rows(features_ptr, r, c, features, (r < R) & short, C)
     if tl.max(n, 0) > BLOCK_LONG:
         for i in range(BLOCK_R):
             one, begin_one, n_one = long_ray(offsets_ptr, first + i, R, P, BLOCK_LONG)
-            features_one = rendered(w_ptr, f_ptr, begin_one, n_one, C, A, BLOCK_LONG, BLOCK_C)
-            store_rows(features_ptr, one, features_one, (one < R) & (n_one > 0), C)
+            features_one = rendered(w_ptr, f_ptr, begin_one, n_one, c, C, A, BLOCK_LONG)
+            store_rows(features_ptr, one, c, features_one, (one < R) & (n_one > 0), C)
 
 
 @triton.jit
@@ -67,16 +68,17 @@ def packed_render_features_bwd_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_R - 1
     r = first + tl.arange(0, BLOCK_R)
     begin, n = packed_rays(offsets_ptr, r, R, P)
+    c = tl.arange(0, BLOCK_C)
     short = tl.where(n <= BLOCK_LONG, n, 0)
-    g = load_rows(d_features_ptr, r, R, C, A, BLOCK_C)
-    spread(d_w_ptr, d_f_ptr, g, w_ptr, f_ptr, begin, short, C, NEEDS_D_W, NEEDS_D_F, BLOCK_S)
+    g = load_rows(d_features_ptr, r, c, R, C, A)
+    spread(d_w_ptr, d_f_ptr, g, w_ptr, f_ptr, begin, short, c, C, NEEDS_D_W, NEEDS_D_F, BLOCK_S)
     if tl.max(n, 0) > BLOCK_LONG:
         for i in range(BLOCK_R):
             one, begin_one, n_one = long_ray(offsets_ptr, first + i, R, P, BLOCK_LONG)
-            g_one = load_rows(d_features_ptr, one, R, C, A, BLOCK_C)
+            g_one = load_rows(d_features_ptr, one, c, R, C, A)
             spread(
-                d_w_ptr, d_f_ptr, g_one, w_ptr, f_ptr, begin_one, n_one, C, NEEDS_D_W, NEEDS_D_F,
-                BLOCK_LONG,
+                d_w_ptr, d_f_ptr, g_one, w_ptr, f_ptr, begin_one, n_one, c, C, NEEDS_D_W,
+                NEEDS_D_F, BLOCK_LONG,
             )  # fmt: skip
 
 
@@ -89,14 +91,12 @@ def long_ray(offsets_ptr, r, R, P, BLOCK_LONG: tl.constexpr):
 
 
 @triton.jit
-def rendered(
-    w_ptr, f_ptr, begin, n, C, A: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """sum_s w_s f_s of rays of n samples from `begin` on, [rays, BLOCK_C]."""
-    sums = tl.zeros([n.shape[0], BLOCK_C], A)
-    lost = tl.zeros([n.shape[0], BLOCK_C], A)
+def rendered(w_ptr, f_ptr, begin, n, c, C, A: tl.constexpr, BLOCK_S: tl.constexpr):
+    """sum_s w_s f_s in channels c of rays of n samples from `begin` on, [rays, channels]."""
+    sums = tl.zeros([n.shape[0], c.shape[0]], A)
+    lost = tl.zeros([n.shape[0], c.shape[0]], A)
     for b in range(tl.cdiv(tl.max(n, 0), BLOCK_S)):
-        k, sample, at, value = _places(begin, n, b, C, BLOCK_S, BLOCK_C)
+        k, sample, at, value = places(begin, n, b, c, C, BLOCK_S)
         w = load(w_ptr + k, sample, A)
         f = load(f_ptr + at, value, A)
         sums, lost = add_exactly(sums, lost, tl.sum(w[:, :, None] * f, 1))
@@ -112,15 +112,16 @@ def spread(
     f_ptr,
     begin,
     n,
+    c,
     C,
     NEEDS_D_W: tl.constexpr,
     NEEDS_D_F: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """d_w_s = <g, f_s> and d_f_s = w_s g of rays of n samples from `begin` on, with g
-    [rays, BLOCK_C]."""
+    [rays, channels]."""
     for b in range(tl.cdiv(tl.max(n, 0), BLOCK_S)):
-        k, sample, at, value = _places(begin, n, b, C, BLOCK_S, g.shape[1])
+        k, sample, at, value = places(begin, n, b, c, C, BLOCK_S)
         if NEEDS_D_F:
             w = load(w_ptr + k, sample, g.dtype)
             tl.store(d_f_ptr + at, w[:, :, None] * g[:, None, :], mask=value)
@@ -130,27 +131,25 @@ def spread(
 
 
 @triton.jit
-def _places(begin, n, b, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+def places(begin, n, b, c, C, BLOCK_S: tl.constexpr):
     """Samples and values of block b, and which of them exist."""
     s = tl.cast(b, tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
-    c = tl.arange(0, BLOCK_C)[None, None, :]
     k, sample = begin[:, None] + s, s < n[:, None]
-    return k, sample, (k * C)[:, :, None] + c, sample[:, :, None] & (c < C)
+    at = (k * C)[:, :, None] + c[None, None, :]
+    return k, sample, at, sample[:, :, None] & (c < C)[None, None, :]
 
 
 @triton.jit
-def load_rows(ptr, r, R, C, A: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The rows [C] of rays r; 0 for those that are none."""
-    c = tl.arange(0, BLOCK_C)[None, :]
+def load_rows(ptr, r, c, R, C, A: tl.constexpr):
+    """Channels c of rays r; 0 for those that are none."""
     row = tl.minimum(tl.maximum(r, 0), R - 1)
-    values = load(ptr + (row * C)[:, None] + c, c < C, A)
+    values = load(ptr + (row * C)[:, None] + c[None, :], (c < C)[None, :], A)
     return tl.where((r == row)[:, None], values, 0.0)
 
 
 @triton.jit
-def store_rows(ptr, r, rows, mask, C):
-    c = tl.arange(0, rows.shape[1])[None, :]
-    tl.store(ptr + (r * C)[:, None] + c, rows, mask=mask[:, None] & (c < C))
+def store_rows(ptr, r, c, rows, mask, C):
+    tl.store(ptr + (r * C)[:, None] + c[None, :], rows, mask=mask[:, None] & (c < C)[None, :])
 
 
 def launch(

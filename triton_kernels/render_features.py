@@ -84,7 +84,7 @@ def rendered(
     """sum_s w_s f_s of rays r, [BLOCK_R, BLOCK_C]."""
     sums = tl.zeros([BLOCK_R, BLOCK_S, BLOCK_C], A)
     for start in range(0, S, BLOCK_S):
-        row, sample, value = _places(r, c, start, R, S, C, BLOCK_S)
+        row, sample, value = places(r, c, start, R, S, C, BLOCK_S)
         w = tl.load(w_ptr + row, mask=sample, other=0.0).to(A)
         f = tl.load(f_ptr + (row * C)[:, :, None] + c[None, None, :], mask=value, other=0.0)
         sums += w[:, :, None] * f.to(A)
@@ -109,19 +109,19 @@ def spread(
 ):
     """d_w_s = <g, f_s> and d_f_s = w_s g of rays r, with g [BLOCK_R, BLOCK_C]."""
     for start in range(0, S, BLOCK_S):
-        row, sample, value = _places(r, c, start, R, S, C, BLOCK_S)
-        places = (row * C)[:, :, None] + c[None, None, :]
+        row, sample, value = places(r, c, start, R, S, C, BLOCK_S)
+        at = (row * C)[:, :, None] + c[None, None, :]
         # the other way round ptxas spills for sm_100
         if NEEDS_D_F:
             w = tl.load(w_ptr + row, mask=sample, other=0.0).to(g.dtype)
-            tl.store(d_f_ptr + places, w[:, :, None] * g[:, None, :], mask=value)
+            tl.store(d_f_ptr + at, w[:, :, None] * g[:, None, :], mask=value)
         if NEEDS_D_W:
-            f = tl.load(f_ptr + places, mask=value, other=0.0).to(g.dtype)
+            f = tl.load(f_ptr + at, mask=value, other=0.0).to(g.dtype)
             tl.store(d_w_ptr + row, tl.sum(g[:, None, :] * f, 2), mask=sample)
 
 
 @triton.jit
-def _places(r, c, start, R, S, C, BLOCK_S: tl.constexpr):
+def places(r, c, start, R, S, C, BLOCK_S: tl.constexpr):
     """The rows of all samples of a tile, and which of them, and of their channels, exist."""
     s = start + tl.arange(0, BLOCK_S)
     sample = (r < R)[:, None] & (s < S)[None, :]

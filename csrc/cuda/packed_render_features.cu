@@ -54,7 +54,7 @@ Tensor fwd(const Tensor& w, const Tensor& f, const Tensor& offsets) {
   Tensor features = empty(w, {shape.R, shape.C}, accumulator_dtype(w));
   dispatch(f, [&](auto type) {
     using T = decltype(type);
-    launch(shape.grid(0, device.stream()), packed_render_features_fwd_kernel<T>, shape, values(w),
+    launch(shape.grid(device.stream()), packed_render_features_fwd_kernel<T>, shape, values(w),
            data<T>(f), data<int64_t>(offsets), mutable_data<accumulator<T>>(features));
   });
   return features;
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& d_features, const Tensor& w, const 
   if (d_w.numel() + d_f.numel() == 0) return {d_w, d_f};
   dispatch(f, [&](auto type) {
     using T = decltype(type);
-    launch(shape.grid(0, device.stream()), packed_render_features_bwd_kernel<T>, shape,
+    launch(shape.grid(device.stream()), packed_render_features_bwd_kernel<T>, shape,
            data<accumulator<T>>(d_features), values(w), data<T>(f), data<int64_t>(offsets),
            mutable_values(d_w), mutable_data<T>(d_f));
   });
