@@ -25,6 +25,7 @@ OF_LOSSES = (
     "test_reduction_and_denominator_are_checked",
 )
 OF_NARROW = ("test_narrow_inputs_beside_float32_are_read_as_they_are",)
+OF_KEPT = ("test_what_is_kept_is_as_right_as_torch",)
 
 
 def as_tuple(out):
@@ -54,7 +55,11 @@ class Contract:
             return
         cls.spec = cls.op.op
         # what would not apply is not collected
-        for applies, tests in ((cls.spec.is_loss, OF_LOSSES), (cls.spec.narrow, OF_NARROW)):
+        for applies, tests in (
+            (cls.spec.is_loss, OF_LOSSES),
+            (cls.spec.narrow, OF_NARROW),
+            (cls.spec.signature.kept, OF_KEPT),
+        ):
             for test in tests if not applies else ():
                 setattr(cls, test, None)
 
@@ -167,17 +172,21 @@ class Contract:
         for name, ours_, torch__, true_ in zip(
             names, *((*values, *grads) for values, grads in (ours, torch_, true)), strict=True
         ):
-            assert ours_.shape == true_.shape, f"{name} {what}"
-            if true_.numel() == 0:
-                continue
-            scale = true_.abs().max().clamp(min=1e-30)
-            # in float64 the truth itself carries the roundings of a sum in another order
-            roundings = 4 * torch.finfo(ours_.dtype).eps if ours_.dtype != true_.dtype else 1e-12
-            allowed = (torch__.double() - true_).abs() + roundings * scale
-            error = (ours_.detach().cpu().double() - true_).abs()
-            worst = (error / allowed).max().item()
-            assert worst <= 1, f"{name} {what}: error is {worst:.2f} of what torch's own allows"
+            self.assert_no_worse(f"{name} {what}", ours_, torch__, true_)
         return ours
+
+    def assert_no_worse(self, what, ours, torch_, true):
+        """The same of one tensor."""
+        assert ours.shape == true.shape, what
+        if true.numel() == 0:
+            return
+        scale = true.abs().max().clamp(min=1e-30)
+        # in float64 the truth itself carries the roundings of a sum in another order
+        roundings = 4 * torch.finfo(ours.dtype).eps if ours.dtype != true.dtype else 1e-12
+        allowed = (torch_.double() - true).abs() + roundings * scale
+        error = (ours.detach().cpu().double() - true).abs()
+        worst = (error / allowed).max().item()
+        assert worst <= 1, f"{what}: error is {worst:.2f} of what torch's own allows"
 
     def assert_equal(self, got, want, what=""):
         """Two results of `gradients`, to the bit."""
@@ -242,6 +251,22 @@ class Contract:
         inputs = [args[i] for i in self.differentiable()]
         rounded = [grad.to(x.dtype) for x, grad in zip(inputs, wide_grads, strict=True)]
         self.assert_equal((outputs, grads), (wide_outputs, rounded))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+    def test_what_is_kept_is_as_right_as_torch(self, forced_backend, device, dtype, thorough):
+        whole = thorough or forced_backend not in EMULATED
+        for i, sizes in enumerate(self.sizes if whole else self.sizes[::-3]):
+            args = self.inputs(dtype=dtype, seed=i, **sizes)
+            wide = [x.double() if x.is_floating_point() else x for x in args]
+            variant = self.variants[0]
+            ours = self.kept(self.spec.raw_arguments([x.to(device) for x in args], **variant))
+            with rayfuse.use_backend("ref"):
+                torch_, true = (
+                    self.kept(self.spec.raw_arguments(x, **variant)) for x in (args, wide)
+                )
+            for array, *of_each in zip(self.spec.signature.kept, ours, torch_, true, strict=True):
+                assert of_each[0].dtype == torch.promote_types(dtype, torch.float32)
+                self.assert_no_worse(f"{array.name} at {sizes}", *of_each)
 
     def test_backend_that_was_forced_is_the_one_that_runs(self, forced_backend, device):
         with rayfuse.use_backend("ref"):
@@ -458,6 +483,8 @@ class Contract:
 
     def kept(self, raw):
         """What the raw forward leaves to the backward alone."""
+        if not self.spec.signature.kept:
+            return ()
         out = getattr(torch.ops.rayfuse, self.spec.name)(*raw)
         return as_tuple(out)[len(self.spec.outputs) :]
 

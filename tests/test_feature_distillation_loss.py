@@ -15,7 +15,8 @@ from test_render_features import FEATURE_SIZES
 
 class TestFeatureDistillationLoss(Contract):
     op = rayfuse.feature_distillation_loss
-    sizes = FEATURE_SIZES
+    # and where a ray does not fit on chip and has whole vectors of channels
+    sizes = (*FEATURE_SIZES, {"S": 9, "C": 520})
     typical = {"S": 5, "C": 7}
     gpu_sizes = ({"S": 48, "C": 768}, {"S": 48, "C": 64}, {"S": 100, "C": 3})
 
@@ -63,6 +64,11 @@ class TestFeatureDistillationLoss(Contract):
         assert torch.equal(got[0][0], wide[0][0])
         for x, ours, full in zip(args, got[1], wide[1], strict=True):
             assert torch.equal(ours, full.to(x.dtype))
+
+    def test_features_may_begin_anywhere_in_a_vector(self, forced_backend, device):
+        w, f, target = self.inputs((2,), device=device, S=9, C=520)
+        later = torch.cat([f.new_zeros(1), f.flatten()])[1:].view(f.shape)
+        self.assert_equal(self.gradients([w, later, target]), self.gradients([w, f, target]))
 
     @pytest.mark.parametrize(("S", "C"), [(5000, 3), (3000, 20), (2, 9000)])
     def test_long_rays_and_many_channels(self, forced_backend, device, S, C):

@@ -11,6 +11,8 @@ from test_packed_render_features import PackedFeatureContract, side_by_side
 
 class TestPackedFeatureDistillationLoss(PackedFeatureContract):
     op = rayfuse.packed_feature_distillation_loss
+    # and where a block owns each ray and has whole vectors of channels
+    sizes = (*PackedFeatureContract.sizes, {"P": 9, "C": 520})
 
     def test_empty_rays_anywhere_change_nothing(self, forced_backend, device):
         """But what they cost themselves: they render to 0."""
@@ -52,6 +54,26 @@ class TestPackedFeatureDistillationLoss(PackedFeatureContract):
         outputs, grads = self.gradients([w, f, target, offsets])
         assert not outputs[0].any()
         assert not any(grad.any() for grad in grads)
+
+    @pytest.mark.parametrize(("P", "C"), [(5, 3), (9, 520)])
+    def test_samples_of_no_ray_get_zeros_and_change_nothing(self, forced_backend, device, P, C):
+        if forced_backend == "ref" or forced_backend.startswith("cpu"):
+            pytest.skip("offsets are looked at there, and must leave no sample out")
+        w, f, target, good = self.inputs(device=device, P=P, C=C)
+        own = slice(3, len(w) - 4)
+        stray = torch.ones(len(w), dtype=torch.bool, device=device)
+        stray[own] = False
+        offsets = good.clamp(own.start, own.stop)
+        _, (d_w, d_f, d_target) = self.gradients([w, f, target, offsets])
+        want = self.gradients([w[own], f[own], target, offsets - own.start])[1]
+        for ours, right in zip((d_w[own], d_f[own], d_target), want, strict=True):
+            torch.testing.assert_close(ours, right)
+        _, product = self.kept(self.spec.raw_arguments([w, f, target, offsets]))
+        for x in (product, d_w, d_f):
+            assert not x[stray].any()
+        for offsets in self.bad_offsets(good):
+            kept = self.kept(self.spec.raw_arguments([w, f, target, offsets]))
+            assert all(torch.isfinite(x).all() for x in kept)
 
     @pytest.mark.parametrize(("P", "C"), [(2, 9000), (3000, 20)])
     def test_long_rays_and_many_channels(self, forced_backend, device, P, C):
