@@ -19,6 +19,7 @@ class BenchPackedFeatureDistillationLoss(harness.PackedBench):
     op = staticmethod(rayfuse.packed_feature_distillation_loss)
     workloads = PACKED_FEATURE_WORKLOADS
     directions = ((), ("w", "f"))
+    read_again = ("w", "offsets")
     # the mean of one number is that number
     peers = (peers.eager("nerfacc", mse), peers.compiled("nerfacc", mse))
     growth = ("P", (16, 64, 256), (4096,), ("eager nerfacc",))

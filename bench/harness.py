@@ -174,6 +174,8 @@ class Bench:
     workloads: Sequence[Workload]
     # gradients wanted, for each table
     directions: Sequence[tuple[str, ...]] = ((),)
+    # the inputs that the backward reads, where what the forward kept spares it some
+    read_again: Sequence[str] | None = None
     peers: Sequence[peers.Peer] = ()
     # the letter that grows, its values, the leading shape, and the peers that grow along; None for
     # what is put together of ops, whose growth and overhead their own benches show
@@ -229,16 +231,20 @@ class Bench:
         return call
 
     def bytes_moved(self, workload: Workload, wants: Sequence[str]) -> int:
-        """What must cross the memory bus: forward reads inputs and writes outputs; backward reads
-        the outputs' gradients and the inputs again, and writes the gradients that are wanted."""
+        """What must cross the memory bus: forward reads inputs, and writes outputs and what it
+        keeps; backward reads the outputs' gradients, what was kept and inputs again, and writes
+        the gradients that are wanted."""
         inputs = {name: x.nbytes for name, x in self.inputs(workload).items()}
-        sums = max(4, workload.dtype.itemsize)
-        outputs = sum(
+        sums, signature = max(4, workload.dtype.itemsize), self.op.op.signature
+        results = sum(
             math.prod(array.shape(workload.leading, self._sizes(workload))) * sums
-            for array in self.op.op.signature.outputs
+            for array in (*signature.outputs, *signature.kept)
         )
-        forward = sum(inputs.values()) + outputs
-        return 2 * forward + sum(inputs[name] for name in wants) if wants else forward
+        forward = sum(inputs.values()) + results
+        if not wants:
+            return forward
+        again = inputs if self.read_again is None else self.read_again
+        return forward + results + sum(inputs[name] for name in (*again, *wants))
 
     def contenders(self) -> list[peers.Peer]:
         call, device = self.closed(self.op), peers.device.type
@@ -358,18 +364,22 @@ class Bench:
             return spec.raw_arguments([given.get(name) for name in spec.inputs], **self.options)
 
         plain = arguments([x.detach() for x in inputs])
-        d_out = [torch.ones_like(x) for x in peers.as_tuple(raw.fwd(*plain))]
+        outputs = len(spec.outputs)
+        out = peers.as_tuple(raw.fwd(*plain))
+        d_out, kept = [*map(torch.ones_like, out[:outputs])], out[outputs:]
         gets = [named.get(spec.inputs[i]) for i in spec.differentiable]
 
         class Least(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *inputs: Tensor) -> Any:
-                ctx.save_for_backward(*inputs)
-                return raw.fwd(*arguments(inputs))
+                out = peers.as_tuple(raw.fwd(*arguments(inputs)))
+                ctx.save_for_backward(*inputs, *out[outputs:])
+                return out[0] if outputs == 1 else out[:outputs]
 
             @staticmethod
             def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
-                grads = peers.as_tuple(raw.bwd(*d_out, *arguments(ctx.saved_tensors), needs))
+                saved, kept = ctx.saved_tensors[: len(named)], ctx.saved_tensors[len(named) :]
+                grads = peers.as_tuple(raw.bwd(*d_out, *kept, *arguments(saved), needs))
                 found = {id(x): g for x, g in zip(gets, grads, strict=True)}
                 return tuple([found.get(id(x)) if x.requires_grad else None for x in inputs])
 
@@ -389,7 +399,7 @@ class Bench:
         forward["least autograd.Function"] = lambda: Least.apply(*inputs)
         backward = {name: backward_of(call()) for name, call in forward.items()}
         forward["raw kernel"] = lambda: raw.fwd(*plain)
-        backward["raw kernel"] = lambda: raw.bwd(*d_out, *plain, needs)
+        backward["raw kernel"] = lambda: raw.bwd(*d_out, *kept, *plain, needs)
         for direction, calls in (("forward", forward), ("backward", backward)):
             turns = {name: Turns(call) for name, call in calls.items()}
             for turn in turns.values():
