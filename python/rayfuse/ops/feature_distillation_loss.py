@@ -20,7 +20,8 @@ def feature_distillation_loss(w: Tensor, f: Tensor, target: Tensor) -> Tensor:
     """Squared error of the rendered features of each ray: mean_c (sum_s w_s f_sc - target_c)^2.
 
     With the mean over rays it is `F.mse_loss(rendered, target)`, the term that distils a 2D
-    foundation model into a field. Neither the rendering nor its gradient is ever stored
+    foundation model into a field. The forward keeps the error of the rendering, [..., C], and its
+    products with the features, [..., S], so that the backward reads no features
     (docs/features.md).
 
     Args:

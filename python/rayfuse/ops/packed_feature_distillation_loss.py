@@ -33,8 +33,7 @@ def packed_feature_distillation_loss(
     target_c)^2.
 
     `feature_distillation_loss` for rays with any numbers of samples, empty rays included, which
-    render to 0. Neither the rendering, nor its gradient, nor anything of the size of f is ever
-    stored (docs/features.md).
+    render to 0. Nothing of the size of f is ever stored but its gradient (docs/features.md).
 
     Args:
         w: [P] weights of the samples, dimensionless.
