@@ -116,13 +116,14 @@ class Envelope {
 
   // The gradient to w_env of the ray that was located last, ray r of those up to `end` that a
   // thread stores in this order.
+  template <class G>
   void store_gradient_of(int64_t r, int64_t end,
                          const A* d_outer,  // [-1 .. S + kLanes], 0 where there is no sample
-                         T* d_w_env) {      // [R, E]
-    T* const row = d_w_env + r * E_;
+                         G* d_w_env) {      // [R, E]
+    G* const row = d_w_env + r * E_;
     if ((end - 1 - r) * E_ >= kTooFar) return store_gradient(d_outer, row);
     store_gradient(d_outer, last_rows_.data());
-    std::copy_n(last_rows_.data(), E_, row);
+    for (int64_t k = 0; k < E_; ++k) row[k] = narrow<G>(last_rows_[k]);
   }
 
  private:
@@ -144,8 +145,9 @@ class Envelope {
 
   // A bin bounds the samples on either side of every edge in it, or else the one that spans it: no
   // more are added up. Up to kTooFar values behind the row are written.
+  template <class G>
   void store_gradient(const A* d_outer,  // [-1 .. S + kLanes], 0 where there is no sample
-                      T* d_w_env) {      // [E]
+                      G* d_w_env) {      // [E]
     if (!sorted_) return store_gradient_of_differences(d_outer, d_w_env);
     add_up_bins(d_outer);
     const int64_t S = S_, E = E_;
@@ -163,7 +165,7 @@ class Envelope {
     for (int64_t i = 0; i <= S; ++i) {
       k = next;
       next = i < S ? bins[i + 1] : E;
-      if (clamp || (k >= 0 && k < E)) d_w_env[k] = narrow<T>(sums[i]);
+      if (clamp || (k >= 0 && k < E)) d_w_env[k] = narrow<G>(sums[i]);
       ++k;
       fill(d_outer[i]);
     }
@@ -211,7 +213,8 @@ class Envelope {
       w_outer_[i + 1] = static_cast<A>(until[(bins[i + 1] + 1) * kGroup] - until[bins[i] * kGroup]);
     }
   }
-  __attribute__((noinline)) void store_gradient_of_differences(const A* d_outer, T* d_w_env) {
+  template <class G>
+  __attribute__((noinline)) void store_gradient_of_differences(const A* d_outer, G* d_w_env) {
     const lane_int<A>* const bins = bins_.data() + 1;
     std::vector<double> steps(E_ + 3);
     for (int64_t i = 0; i < S_; ++i) {
@@ -219,7 +222,7 @@ class Envelope {
       steps[bins[i + 1] + 2] -= d_outer[i];
     }
     double sum = steps[0];
-    for (int64_t k = 0; k < E_; ++k) d_w_env[k] = narrow<T>(static_cast<A>(sum += steps[k + 1]));
+    for (int64_t k = 0; k < E_; ++k) d_w_env[k] = narrow<G>(static_cast<A>(sum += steps[k + 1]));
   }
 
   int64_t S_, E_, outside_;
@@ -228,25 +231,7 @@ class Envelope {
   std::vector<Edges<T>> edges_;
   std::vector<lane_int<A>> nodes_, bins_;  // bins from -1
   std::vector<A> w_outer_, sums_;          // w_outer from -1
-  std::vector<T> last_rows_;
+  std::vector<A> last_rows_;
 };
-
-// What of samples is not covered, and its ratio to their weight; exactly 0 where all is.
-template <class A>
-struct Uncovered {
-  vec<A> r, u;
-
-  Uncovered(vec<A> w, vec<A> w_outer, A eps) {
-    const vec<A> zero = {}, rest = w - w_outer;
-    r = rest <= zero ? zero : rest;
-    u = rest <= zero ? zero : rest / (w + eps);
-  }
-};
-
-// Calls f(first sample, how many of the lanes exist) for each register of S samples.
-template <class A, class F>
-void for_each_register(int64_t S, const F& f) {
-  for (int64_t i = 0; i < S; i += kLanes<A>) f(i, std::min<int64_t>(kLanes<A>, S - i));
-}
 
 }  // namespace rayfuse

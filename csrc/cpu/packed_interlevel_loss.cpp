@@ -2,11 +2,11 @@
 // w_outer_i), u_i = r_i / (w_i + eps), w_outer_i the weight of the m bins from begin_i to end_i:
 // from the last that does not start beyond sample i to the first that ends beyond it. One thread
 // owns a ray. Forward: running sums of w_env in double, then a search for both ends of every
-// sample, 16 bins at a time. Backward: the same again, then d_w_i = u_i (2 - u_i) and d_w_outer_i =
-// -2 u_i, which a difference array takes to the bins; all times d_loss / n.
+// sample, 16 bins at a time. It keeps dL/dw_i = u_i (2 - u_i) / n, and dL/dw_env, to which a
+// difference array takes the dL/dw_outer_i = -2 u_i / n. Backward: d_loss times these.
 // Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
-#include "envelope.h"
-#include "packed.h"
+#include "interlevel_loss.h"
+#include "packed_pairs.h"
 
 namespace rayfuse {
 namespace {
@@ -87,7 +87,7 @@ class Bounds {
   const A* w_outer() const { return w_outer_.data(); }
 
   // From the gradients to the bounds of n samples, those to the weights of m bins.
-  void store_gradient(const A* d_outer, int64_t n, T* d_w_env, int64_t m) {
+  void store_gradient(const A* d_outer, int64_t n, A* d_w_env, int64_t m) {
     double* const steps = until_.data();
     std::fill_n(steps, m + 1, 0.0);
     for (int64_t i = 0; i < n; ++i) {
@@ -97,7 +97,7 @@ class Bounds {
     LeftScan<double, false> scan;
     for_each_double(
         steps, m, [&](int64_t k, vec<double> step) { store(steps + k, scan.add(step).including); });
-    for (int64_t k = 0; k < m; ++k) d_w_env[k] = narrow<T>(static_cast<A>(steps[k]));
+    for (int64_t k = 0; k < m; ++k) d_w_env[k] = static_cast<A>(steps[k]);
   }
 
  private:
@@ -148,60 +148,22 @@ class Bounds {
 template <bool clamp, class T>
 RAYFUSE_KERNEL void losses(int64_t first, int64_t last, int64_t outside, accumulator<T> eps,
                            const PackedIntervals<T>& samples, const PackedIntervals<T>& bins,
-                           accumulator<T>* loss) {  // [R]
+                           accumulator<T>* loss,         // [R]
+                           accumulator<T>* slope,        // [P]
+                           accumulator<T>* slope_env) {  // [Q]
   using A = accumulator<T>;
   Bounds<clamp, T> bounds(outside);
-  for (int64_t r = first; r < last; ++r) {
-    const Intervals<T> ray = samples.ray(r);
-    bounds.locate(ray, bins.ray(r));
-    using Sums = doubles<kLanes<A>>;
-    Sums sums = {};
-    for_each_register<A>(ray.n, [&](int64_t i, int64_t n) {
-      const Uncovered<A> here(load(ray.w + i, n), load(bounds.w_outer() + i, n), eps);
-      sums += __builtin_convertvector(here.r * here.u, Sums);
-    });
-    double total = 0;
-    for (int i = 0; i < kLanes<A>; ++i) total += sums[i];
-    loss[r] = static_cast<A>(total / std::max<int64_t>(ray.n, 1));
-  }
-}
-
-// Rays first..last.
-template <bool clamp, class T>
-RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, int64_t outside, accumulator<T> eps,
-                              const accumulator<T>* d_loss,  // [R]
-                              const PackedIntervals<T>& samples, const PackedIntervals<T>& bins,
-                              T* d_w,        // [P] or null
-                              T* d_w_env) {  // [Q] or null
-  using A = accumulator<T>;
-  Bounds<clamp, T> bounds(outside);
-  std::vector<A> d_outer;
+  std::vector<A> slope_outer;
   for (int64_t r = first; r < last; ++r) {
     const Intervals<T> ray = samples.ray(r), envelope = bins.ray(r);
     const size_t padded = ray.n + kLanes<A>;
-    if (d_outer.size() < padded) d_outer.resize(padded);
+    if (slope_outer.size() < padded) slope_outer.resize(padded);
     bounds.locate(ray, envelope);
-    const A scale = d_loss[r] / std::max<int64_t>(ray.n, 1);
-    T* const d_w_here = d_w ? d_w + samples.offsets[r] : nullptr;
-    for_each_register<A>(ray.n, [&](int64_t i, int64_t n) {
-      const Uncovered<A> here(load(ray.w + i, n), load(bounds.w_outer() + i, n), eps);
-      if (d_w) store(d_w_here + i, scale * (here.u * (2 - here.u)), n);
-      store(d_outer.data() + i, -2 * scale * here.u);
-    });
-    if (d_w_env) {
-      bounds.store_gradient(d_outer.data(), ray.n, d_w_env + bins.offsets[r], envelope.n);
-    }
+    loss[r] = loss_and_slopes(ray.n, eps, ray.w, bounds.w_outer(), slope + samples.offsets[r],
+                              slope_outer.data());
+    bounds.store_gradient(slope_outer.data(), ray.n, slope_env + bins.offsets[r], envelope.n);
   }
 }
-
-}  // namespace
-}  // namespace rayfuse
-
-#include "large_memory.h"
-#include "packed_pairs.h"
-
-namespace rayfuse {
-namespace {
 
 constexpr char kOp[] = "packed_interlevel_loss";
 
@@ -211,50 +173,42 @@ PackedIntervals<T> intervals(const Tensor& starts, const Tensor& ends, const Ten
   return {data<T>(starts), data<T>(ends), data<T>(w), data<int64_t>(offsets)};
 }
 
-Tensor fwd(const Tensor& t_starts, const Tensor& t_ends, const Tensor& w, const Tensor& offsets,
-           const Tensor& t_env_starts, const Tensor& t_env_ends, const Tensor& w_env,
-           const Tensor& offsets_env, int64_t outside, double eps) {
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t_starts, const Tensor& t_ends,
+                                       const Tensor& w, const Tensor& offsets,
+                                       const Tensor& t_env_starts, const Tensor& t_env_ends,
+                                       const Tensor& w_env, const Tensor& offsets_env,
+                                       int64_t outside, double eps) {
   const PackedRays rays(kOp, offsets, w.numel());
   const PackedRays envelopes(kOp, offsets_env, w_env.numel(), "offsets_env");
-  Tensor loss = empty(w, {rays.R}, accumulator_dtype(w));
+  const auto dtype = accumulator_dtype(w);
+  Tensor loss = empty(w, {rays.R}, dtype), slope = empty(w, {w.numel()}, dtype),
+         slope_env = empty(w, {w_env.numel()}, dtype);
   dispatch(w, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
     const auto samples = intervals<T>(t_starts, t_ends, w, offsets);
     const auto bins = intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env);
-    A* loss_ptr = mutable_data<A>(loss);
+    A *loss_ptr = mutable_data<A>(loss), *slope_ptr = mutable_data<A>(slope),
+      *slope_env_ptr = mutable_data<A>(slope_env);
     as_constant(outside == kOutsideClamp, [&](auto clamp) {
       for_each_piece(rays, envelopes, [=](int64_t first, int64_t last) {
-        losses<clamp>(first, last, outside, static_cast<A>(eps), samples, bins, loss_ptr);
+        losses<clamp>(first, last, outside, static_cast<A>(eps), samples, bins, loss_ptr, slope_ptr,
+                      slope_env_ptr);
       });
     });
   });
-  return loss;
+  return {loss, slope, slope_env};
 }
 
-std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t_starts, const Tensor& t_ends,
-                               const Tensor& w, const Tensor& offsets, const Tensor& t_env_starts,
-                               const Tensor& t_env_ends, const Tensor& w_env,
-                               const Tensor& offsets_env, int64_t outside, double eps,
-                               int64_t needs) {
-  const PackedRays rays(kOp, offsets, w.numel());
-  const PackedRays envelopes(kOp, offsets_env, w_env.numel(), "offsets_env");
-  Tensor d_w = empty_gradient(w, needs, 0), d_w_env = large_gradient(w_env, needs, 1);
-  dispatch(w, [&](auto type) {
-    using T = decltype(type);
-    using A = accumulator<T>;
-    const auto samples = intervals<T>(t_starts, t_ends, w, offsets);
-    const auto bins = intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env);
-    const A* d_loss_ptr = data<A>(d_loss);
-    T *d_w_ptr = mutable_data<T>(d_w), *d_w_env_ptr = mutable_data<T>(d_w_env);
-    as_constant(outside == kOutsideClamp, [&](auto clamp) {
-      for_each_piece(rays, envelopes, [=](int64_t first, int64_t last) {
-        gradients<clamp>(first, last, outside, static_cast<A>(eps), d_loss_ptr, samples, bins,
-                         d_w_ptr, d_w_env_ptr);
-      });
-    });
-  });
-  return {d_w, d_w_env};
+std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& slope, const Tensor& slope_env,
+                               const Tensor&, const Tensor&, const Tensor& w, const Tensor& offsets,
+                               const Tensor&, const Tensor&, const Tensor& w_env,
+                               const Tensor& offsets_env, int64_t, double, int64_t needs) {
+  const auto d = [&](const Tensor& x, const Tensor& offsets, const char* name, const Tensor& slope,
+                     int i) {
+    return scaled(PackedRays(kOp, offsets, x.numel(), name), d_loss, slope, x, needs, i);
+  };
+  return {d(w, offsets, "offsets", slope, 0), d(w_env, offsets_env, "offsets_env", slope_env, 1)};
 }
 
 }  // namespace

@@ -4,13 +4,43 @@ from torch import Tensor
 
 from ..domain import increasing, nonnegative, positive
 from ..op import op
-from .outer_bound import Outside, outer_bound
+from .outer_bound import Outside, bins_of_edges, outer_bound
+
+
+def uncovered(w: Tensor, w_outer: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What of the samples is not covered, and its ratio to their weight; exactly 0 where all is."""
+    rest = w - w_outer
+    covered = rest <= 0
+    rest = rest.masked_fill(covered, 0)
+    return rest, rest / (w + eps).masked_fill(covered, 1)
+
+
+def slopes(
+    t: Tensor,
+    w: Tensor,
+    t_env: Tensor,
+    w_env: Tensor,
+    *,
+    outside: Outside = "clamp",
+    eps: float = 1e-7,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of each ray's loss to w and w_env: the bins are not searched again."""
+    S, E = w.shape[-1], w_env.shape[-1]
+    _, u = uncovered(w, outer_bound.op.reference(t, t_env, w_env, outside=outside), eps)
+    d_outer = -2 * u / max(S, 1)
+    bins = bins_of_edges(t, t_env, outside)
+    steps = d_outer.new_zeros(*w_env.shape[:-1], E + 3)
+    steps.scatter_add_(-1, bins[..., :-1], d_outer)
+    steps.scatter_add_(-1, bins[..., 1:] + 1, -d_outer)
+    return u * (2 - u) / max(S, 1), steps.cumsum(-1)[..., 1:-2].contiguous()
 
 
 @op(
-    "t[..., S+1] w[..., S] t_env[..., E+1] w_env[..., E] -> loss[...]",
+    "t[..., S+1] w[..., S] t_env[..., E+1] w_env[..., E] -> loss[...] "
+    "keeps slope[..., S] slope_env[..., E]",
     domain=dict(t=increasing, w=nonnegative, t_env=increasing, w_env=nonnegative, eps=positive),
     constant=("t", "t_env"),
+    keep=slopes,
 )
 def interlevel_loss(
     t: Tensor,
@@ -55,8 +85,6 @@ def interlevel_loss(
         >>> rayfuse.interlevel_loss(t, w, t_env, w_env)
         tensor(0.0625)
     """
-    uncovered = w - outer_bound.op.reference(t, t_env, w_env, outside=outside)
-    covered = uncovered <= 0
-    uncovered = uncovered.masked_fill(covered, 0)
-    terms = uncovered * uncovered / (w + eps).masked_fill(covered, 1)
-    return terms.sum(-1) / max(w.shape[-1], 1)
+    w_outer = outer_bound.op.reference(t, t_env, w_env, outside=outside)
+    rest, u = uncovered(w, w_outer, eps)
+    return (rest * u).sum(-1) / max(w.shape[-1], 1)

@@ -52,8 +52,14 @@ def outer_bound(t: Tensor, t_env: Tensor, w_env: Tensor, *, outside: Outside = "
     """
     # a bin without weight on either side holds the edges that are outside
     until = torch.nn.functional.pad(w_env, (2, 1)).cumsum(-1)
-    E = w_env.shape[-1]
+    bins = bins_of_edges(t, t_env, outside)
+    return until.gather(-1, bins[..., 1:] + 1) - until.gather(-1, bins[..., :-1])
+
+
+def bins_of_edges(t: Tensor, t_env: Tensor, outside: Outside) -> Tensor:
+    """[..., S+1] the bin of each edge, counted from 1: 0 and E + 1 are what lies outside."""
+    E = t_env.shape[-1] - 1
     first, last = {"clamp": (1, E), "zero": (0, E + 1), "below_zero": (0, E)}[outside]
     edges, env_edges = t.detach().contiguous(), t_env.detach().contiguous()
-    bins = torch.searchsorted(env_edges, edges, right=True).clamp(max=last).clamp(min=first)
-    return until.gather(-1, bins[..., 1:] + 1) - until.gather(-1, bins[..., :-1])
+    bins = torch.searchsorted(env_edges, edges, right=True)
+    return bins.clamp(max=last).clamp(min=first)

@@ -6,16 +6,73 @@ from torch import Tensor
 from ..domain import csr, csr_env, nonnegative, positive
 from ..op import op
 from ..packed import PackedOp, PackedRays, upper_bound
+from .interlevel_loss import uncovered
 from .outer_bound import Outside
 
 __all__ = ["packed_interlevel_loss"]
 
 
+def bounds(
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray: Tensor,
+    t_env_starts: Tensor,
+    t_env_ends: Tensor,
+    w_env: Tensor,
+    offsets_env: Tensor,
+    outside: Outside,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[P] of each sample the first bin that bounds it, the one behind the last, their weight."""
+    first, last = offsets_env[:-1][ray], offsets_env[1:][ray]
+    if len(ray) == 0 or len(w_env) == 0:
+        return first, first, torch.zeros_like(t_starts) + w_env.sum()
+    begin = upper_bound(t_env_starts, first, last, t_starts) - 1
+    end = upper_bound(t_env_ends, first, last, t_ends) + 1
+    begin, end = torch.maximum(begin, first), torch.minimum(end, last)
+    if outside != "clamp":
+        before = t_env_starts[first.clamp(max=len(w_env) - 1)] > t_ends
+        end = torch.where(before, first, end)
+    if outside == "zero":
+        behind = ~(t_env_ends[(last - 1).clamp(min=0)] > t_starts)
+        begin = torch.where(behind, last, begin)
+    until = PackedRays(offsets_env, len(w_env)).running_sum(w_env)
+    w_outer = torch.where(end > first, until[(end - 1).clamp(min=0)], 0)
+    return begin, end, w_outer - torch.where(begin > first, until[(begin - 1).clamp(min=0)], 0)
+
+
+def slopes(
+    t_starts: Tensor,
+    t_ends: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    t_env_starts: Tensor,
+    t_env_ends: Tensor,
+    w_env: Tensor,
+    offsets_env: Tensor,
+    *,
+    outside: Outside = "clamp",
+    eps: float = 1e-7,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of each ray's loss to w and w_env: the bins are not searched again."""
+    ray = PackedRays(offsets, len(w)).ray
+    bins = t_env_starts, t_env_ends, w_env, offsets_env
+    begin, end, w_outer = bounds(t_starts, t_ends, ray, *bins, outside)
+    _, u = uncovered(w, w_outer, eps)
+    n, last = offsets.diff()[ray], offsets_env[1:][ray]
+    d_outer, steps = -2 * u / n, w_env.new_zeros(len(w_env) + 1)
+    # what is behind its ray's last bin would be in the next ray
+    steps.index_add_(0, begin, torch.where(begin < last, d_outer, 0))
+    steps.index_add_(0, end, torch.where(end < last, -d_outer, 0))
+    return u * (2 - u) / n, PackedRays(offsets_env, len(w_env)).running_sum(steps[:-1])
+
+
 @op(
     "t_starts[P] t_ends[P] w[P] offsets[R+1] "
-    "t_env_starts[Q] t_env_ends[Q] w_env[Q] offsets_env[R+1] -> loss[R]",
+    "t_env_starts[Q] t_env_ends[Q] w_env[Q] offsets_env[R+1] -> loss[R] "
+    "keeps slope[P] slope_env[Q]",
     domain=dict(w=nonnegative, offsets=csr, w_env=nonnegative, offsets_env=csr_env, eps=positive),
     constant=("t_starts", "t_ends", "t_env_starts", "t_env_ends"),
+    keep=slopes,
     base=PackedOp,
 )
 def packed_interlevel_loss(
@@ -80,24 +137,7 @@ def packed_interlevel_loss(
         tensor(0.0625)
     """
     rays = PackedRays(offsets, len(w))
-    if len(w) == 0 or len(w_env) == 0:
-        w_outer = torch.zeros_like(w) + w_env.sum()
-    else:
-        first, last = offsets_env[:-1][rays.ray], offsets_env[1:][rays.ray]
-        begin = upper_bound(t_env_starts, first, last, t_starts) - 1
-        end = upper_bound(t_env_ends, first, last, t_ends) + 1
-        begin, end = torch.maximum(begin, first), torch.minimum(end, last)
-        if outside != "clamp":
-            before = t_env_starts[first.clamp(max=len(w_env) - 1)] > t_ends
-            end = torch.where(before, first, end)
-        if outside == "zero":
-            behind = ~(t_env_ends[(last - 1).clamp(min=0)] > t_starts)
-            begin = torch.where(behind, last, begin)
-        until = PackedRays(offsets_env, len(w_env)).running_sum(w_env)
-        w_outer = torch.where(end > first, until[(end - 1).clamp(min=0)], 0)
-        w_outer = w_outer - torch.where(begin > first, until[(begin - 1).clamp(min=0)], 0)
-    uncovered = w - w_outer
-    covered = uncovered <= 0
-    uncovered = uncovered.masked_fill(covered, 0)
-    terms = uncovered * uncovered / (w + eps).masked_fill(covered, 1)
-    return rays.total(terms) / offsets.diff().clamp(min=1)
+    bins = t_env_starts, t_env_ends, w_env, offsets_env
+    _, _, w_outer = bounds(t_starts, t_ends, rays.ray, *bins, outside)
+    rest, u = uncovered(w, w_outer, eps)
+    return rays.total(rest * u) / offsets.diff().clamp(min=1)

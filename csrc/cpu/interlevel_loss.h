@@ -1,0 +1,88 @@
+// What the interlevel losses of dense and of packed rays share once the bins are found.
+#pragma once
+
+#include "envelope.h"
+#include "packed.h"
+
+namespace rayfuse {
+namespace {
+
+// What of samples is not covered, and its ratio to their weight; exactly 0 where all is.
+template <class A>
+struct Uncovered {
+  vec<A> r, u;
+
+  Uncovered(vec<A> w, vec<A> w_outer, A eps) {
+    const vec<A> zero = {}, rest = w - w_outer;
+    r = rest <= zero ? zero : rest;
+    u = rest <= zero ? zero : rest / (w + eps);
+  }
+};
+
+// The loss of a ray of n samples, and its gradients to their weights and bounds. Up to kLanes zeros
+// follow the latter.
+template <class T>
+accumulator<T> loss_and_slopes(int64_t n, accumulator<T> eps,
+                               const T* w,                     // [n]
+                               const accumulator<T>* w_outer,  // [n]
+                               accumulator<T>* slope,          // [n]
+                               accumulator<T>* slope_outer) {  // [n + kLanes]
+  using A = accumulator<T>;
+  using Sums = doubles<kLanes<A>>;
+  const A mean = A(1) / std::max<int64_t>(n, 1);
+  Sums sums = {};
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    const Uncovered<A> here(load_at(w, i, n), load_at(w_outer, i, n), eps);
+    sums += __builtin_convertvector(here.r * here.u, Sums);
+    store_at(slope, i, n, mean * (here.u * (2 - here.u)));
+    store(slope_outer + i, -2 * mean * here.u);
+  }
+  double total = 0;
+  for (int i = 0; i < kLanes<A>; ++i) total += sums[i];
+  return static_cast<A>(total / std::max<int64_t>(n, 1));
+}
+
+// d_x = d_loss slope, of rays first..last.
+template <class T, class Rays>
+RAYFUSE_KERNEL void scale(int64_t first, int64_t last, const Rays& rays,
+                          const accumulator<T>* d_loss,  // [R]
+                          const accumulator<T>* slope,   // [P]
+                          T* d_x) {                      // [P]
+  using A = accumulator<T>;
+  for (int64_t r = first; r < last; ++r) {
+    const int64_t k = rays.begin(r), n = rays.begin(r + 1) - k;
+    for (int64_t i = 0; i < n; i += kLanes<A>) {
+      store_at(d_x + k, i, n, d_loss[r] * load_at(slope + k, i, n));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rayfuse
+
+#include "large_memory.h"
+#include "registration.h"
+
+namespace rayfuse {
+namespace {
+
+// Of w or of w_env, empty where bit i of `needs` is not set.
+template <class Rays>
+Tensor scaled(const Rays& rays, const Tensor& d_loss, const Tensor& slope, const Tensor& x,
+              int64_t needs, int i) {
+  Tensor d_x = large_gradient(x, needs, i);
+  if (d_x.numel() == 0) return d_x;
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    const A *d_loss_ptr = data<A>(d_loss), *slope_ptr = data<A>(slope);
+    T* d_x_ptr = mutable_data<T>(d_x);
+    rays.for_each_piece(1, [=](int64_t first, int64_t last) {
+      scale(first, last, rays, d_loss_ptr, slope_ptr, d_x_ptr);
+    });
+  });
+  return d_x;
+}
+
+}  // namespace
+}  // namespace rayfuse
