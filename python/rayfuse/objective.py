@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import dims, ops
+from .op import HALVES, check_reduction, reduced
 
 _SHAPES = dims.Signature.parse(
     "sigma[..., S] t[..., S+1] rgb?[..., S, C] features?[..., S, D] s?[..., S+1]"
@@ -243,6 +245,18 @@ def _like(w: Tensor, sigma: Tensor, *tensors: Any) -> list[Any]:
     return [x.to(w.dtype) if isinstance(x, Tensor) else x for x in tensors]
 
 
+def _squared_error(
+    rgb: Tensor, rgb_target: Tensor, reduction: str, denominator: float | Tensor | None
+) -> Tensor:
+    """The mean over the channels: torch has it, and no kernel of ours could read less."""
+    check_reduction("field_losses", reduction, denominator)
+    if rgb_target.dtype not in (rgb.dtype, *HALVES) or rgb_target.device != rgb.device:
+        rule, got = (f"{str(x.dtype)[6:]} on {x.device}" for x in (rgb, rgb_target))
+        raise TypeError(f"field_losses: rgb_target must be {rule} like sigma, got {got}")
+    each = F.mse_loss(rgb, rgb_target.to(rgb.dtype), reduction="none").mean(-1)
+    return reduced(each, reduction, denominator)
+
+
 class _Normals(NamedTuple):
     call: Call
     samples: slice
@@ -275,13 +289,10 @@ def _objective(
     w = call("ray_weights", sigma, *t)[0]
     rendering["background"], *t_wide = _like(w, sigma, rendering["background"], *t)
     rendered = call("composite_rays", *t_wide, w, f=rgb, **rendering)
-    whole = w.new_ones((*rendered.accumulation.shape, 1))
-    none = w.new_zeros(whole.shape[:-1] if options["reduction"] == "none" else ())
+    none = w.new_zeros(rendered.accumulation.shape if options["reduction"] == "none" else ())
     rgb_loss = feature_loss = orientation = predicted = distortion = none
     if rgb is not None and rgb_target is not None:
-        # what is rendered already, as one sample of weight 1
-        colour = rendered.features[..., None, :]
-        rgb_loss = ops.feature_distillation_loss(whole, colour, rgb_target, **options)
+        rgb_loss = _squared_error(rendered.features, rgb_target, **options)
     if features is not None and features_target is not None:
         feature_loss = call("feature_distillation_loss", w, features, features_target, **options)
     some = normals.call

@@ -207,8 +207,7 @@ class Op:
             denominator: float | Tensor | None = None,
             **named: Any,
         ) -> Any:
-            if reduction != "mean":
-                self._check_reduction(reduction, denominator)
+            check_reduction(self.name, reduction, denominator)
             return apply(args, named, reduction, denominator)
 
         def outputs(*args: Tensor, **named: Any) -> Any:
@@ -323,13 +322,6 @@ class Op:
         domain = self.domain[scalar.name]
         if scalar.kind is float and not domain.holds(torch.tensor(float(value))):
             self._fail(ValueError, scalar.name, domain.rule, f"{value:g}")
-
-    def _check_reduction(self, reduction: str, denominator: object) -> None:
-        if reduction not in ("mean", "sum", "none"):
-            self._fail(ValueError, "reduction", "be 'mean', 'sum' or 'none'", repr(reduction))
-        if denominator is not None:
-            rule = "come with reduction='mean'"
-            self._fail(ValueError, "denominator", rule, f"reduction={reduction!r}")
 
     def _check_values(self, named: dict[str, Tensor]) -> None:
         _, sizes = self.signature.bind(_shapes([named.get(name) for name in self.inputs]))
@@ -557,9 +549,7 @@ def _autograd_functions(
         return _OPS[name].kernels.choose(args[0].device.type).run_fwd(args)
 
     def reduce(out: tuple[Tensor, ...], reduction: str | None, denominator: Any) -> list[Tensor]:
-        if reduction not in ("mean", "sum"):
-            return [*out]
-        return [_reduced(x, _count(x.shape, reduction, denominator)) for x in out]
+        return [reduced(x, reduction, denominator) for x in out]
 
     def save(
         ctx: Any,
@@ -707,8 +697,21 @@ def _shapes(tensors: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
 _SERIAL_SUM = 1 << 14
 
 
-def _reduced(loss: Tensor, count: float | Tensor | None) -> Tensor:
-    """The sum over all rays by the count, the same to the bit for any number of threads."""
+def check_reduction(function: str, reduction: str, denominator: object) -> None:
+    """Raise ValueError unless a loss can be reduced so."""
+    if reduction not in ("mean", "sum", "none"):
+        rule = f"be 'mean', 'sum' or 'none', got {reduction!r}"
+        raise ValueError(f"{function}: reduction must {rule}")
+    if denominator is not None and reduction != "mean":
+        rule = f"come with reduction='mean', got reduction={reduction!r}"
+        raise ValueError(f"{function}: denominator must {rule}")
+
+
+def reduced(loss: Tensor, reduction: str | None, denominator: float | Tensor | None) -> Tensor:
+    """Over all rays, the same to the bit for any number of threads; None leaves them alone."""
+    if reduction not in ("mean", "sum"):
+        return loss
+    count = _count(loss.shape, reduction, denominator)
     if loss.device.type == "cpu" and loss.numel() > _SERIAL_SUM:
         loss = torch.stack([part.sum() for part in loss.flatten().split(_SERIAL_SUM)])
     total = loss.sum()
