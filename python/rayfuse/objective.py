@@ -115,24 +115,19 @@ def field_losses(
         (tensor(0.1250), tensor(0.1667), tensor(1.5000))
     """
     _check("field_losses", _SHAPES, sigma, t, rgb, features, s, rgb_target, features_target)
-    _check("field_losses", _NORMAL_SHAPES, sigma[:normal_rays], n, n_pred, d)
+    some = None if normal_rays is None else slice(normal_rays)
+    _check("field_losses", _NORMAL_SHAPES, _some(sigma, some), n, n_pred, d)
     if s is None and proposals:
         raise ValueError("field_losses: s must be given with proposals, got None")
 
-    options: Any = dict(reduction=reduction, denominator=denominator)
-    out = _objective(
+    return _objective(
         *(_dense, sigma, (t,), rgb, rgb_target, features, features_target),
-        normals=_Normals(_dense, slice(normal_rays), n, d, n_pred),
+        normals=_Normals(_dense, some, n, d, n_pred),
         s=None if s is None else (s,),
+        proposals=proposals,
         rendering=dict(background=background, last_sample=last_sample, depth=depth),
-        options=options,
+        options=dict(reduction=reduction, denominator=denominator),
     )
-    w = out.weights
-    s, *levels = _like(w, sigma, s, *(x for level in proposals for x in level))
-    for s_env, w_env in zip(levels[::2], levels[1::2], strict=True):
-        loss = ops.interlevel_loss(s, w.detach(), s_env, w_env, **options)
-        out = out._replace(interlevel_loss=out.interlevel_loss + loss)
-    return out
 
 
 def packed_field_losses(
@@ -200,16 +195,17 @@ def packed_field_losses(
         *(rgb, features, s_starts, s_ends, rgb_target, features_target),
     )
     # of so many rays: offsets tell as well, where a look at them would synchronise
-    samples = slice(None if n is None else len(n))
+    samples = None if n is None else slice(len(n))
     normal_offsets = offsets if normal_rays is None else offsets[: normal_rays + 1]
     _check(
-        *("packed_field_losses", _PACKED_NORMAL_SHAPES, sigma[samples], normal_offsets),
+        *("packed_field_losses", _PACKED_NORMAL_SHAPES, _some(sigma, samples), normal_offsets),
         *(n, n_pred, d),
     )
     return _objective(
         *(_packed(offsets), sigma, (t_starts, t_ends), rgb, rgb_target, features, features_target),
         normals=_Normals(_packed(normal_offsets), samples, n, d, n_pred),
         s=None if s_starts is None or s_ends is None else (s_starts, s_ends),
+        proposals=(),
         rendering=dict(background=background, last_sample=last_sample, depth=depth),
         options=dict(reduction=reduction, denominator=denominator),
     )
@@ -253,14 +249,25 @@ def _squared_error(
     if rgb_target.dtype not in (rgb.dtype, *HALVES) or rgb_target.device != rgb.device:
         rule, got = (f"{str(x.dtype)[6:]} on {x.device}" for x in (rgb, rgb_target))
         raise TypeError(f"field_losses: rgb_target must be {rule} like sigma, got {got}")
-    each = F.mse_loss(rgb, rgb_target.to(rgb.dtype), reduction="none").mean(-1)
-    return reduced(each, reduction, denominator)
+    each = F.mse_loss(rgb, rgb_target.to(rgb.dtype), reduction="none")
+    if reduction == "none":
+        return each.mean(-1)
+    C = each.shape[-1]
+    if reduction == "sum":
+        denominator = C
+    elif denominator is not None:
+        denominator = denominator * C
+    return reduced(each, "mean", denominator)
+
+
+def _some(x: Tensor, samples: slice | None) -> Tensor:
+    return x if samples is None else x[samples]
 
 
 class _Normals(NamedTuple):
     call: Call
-    samples: slice
-    """Of which samples they are."""
+    samples: slice | None
+    """Of which samples they are, None of all."""
     n: Tensor | None
     d: Tensor | None
     n_pred: Tensor | None
@@ -277,10 +284,12 @@ def _objective(
     *,
     normals: _Normals,
     s: tuple[Tensor, ...] | None,
+    proposals: Sequence[tuple[Tensor, Tensor]],
     rendering: dict[str, Any],
     options: dict[str, Any],
 ) -> FieldLosses:
-    """All but the interlevel loss.
+    """The terms, in an order that is of use: the features, which leave nothing else in the caches,
+    come last on the way forth and first on the way back.
 
     Args:
         call: calls the dense or the packed form of an op.
@@ -290,28 +299,32 @@ def _objective(
     rendering["background"], *t_wide = _like(w, sigma, rendering["background"], *t)
     rendered = call("composite_rays", *t_wide, w, f=rgb, **rendering)
     none = w.new_zeros(rendered.accumulation.shape if options["reduction"] == "none" else ())
-    rgb_loss = feature_loss = orientation = predicted = distortion = none
+    rgb_loss = feature_loss = orientation = predicted = distortion = interlevel = none
     if rgb is not None and rgb_target is not None:
         rgb_loss = _squared_error(rendered.features, rgb_target, **options)
+    some, fixed = normals.call, w.detach()
+    fixed_some, n, d, n_pred = _like(w, sigma, _some(fixed, normals.samples), *normals[2:])
+    if n is not None and n_pred is not None and n.requires_grad:
+        predicted = some("predicted_normal_loss", fixed_some, n.detach(), n_pred, **options)
+        if d is not None:
+            orientation = some("orientation_loss", fixed_some, n, d, **options)
+    elif n is not None and (d is not None or n_pred is not None):
+        orientation, predicted = some("normal_losses", fixed_some, n, n_pred=n_pred, d=d, **options)
+    if s is not None:
+        s = tuple(_like(w, sigma, *s))
+        distortion = call("distortion_loss", *s, w, **options)
+        for level in proposals:
+            loss = ops.interlevel_loss(*s, fixed, *_like(w, sigma, *level), **options)
+            interlevel = loss if interlevel is none else interlevel + loss
     if features is not None and features_target is not None:
         feature_loss = call("feature_distillation_loss", w, features, features_target, **options)
-    some = normals.call
-    fixed, n, d, n_pred = _like(w, sigma, w.detach()[normals.samples], *normals[2:])
-    if n is not None and n_pred is not None and n.requires_grad:
-        predicted = some("predicted_normal_loss", fixed, n.detach(), n_pred, **options)
-        if d is not None:
-            orientation = some("orientation_loss", fixed, n, d, **options)
-    elif n is not None and (d is not None or n_pred is not None):
-        orientation, predicted = some("normal_losses", fixed, n, n_pred=n_pred, d=d, **options)
-    if s is not None:
-        distortion = call("distortion_loss", *_like(w, sigma, *s), w, **options)
     return FieldLosses(
         rgb_loss,
         feature_loss,
         orientation,
         predicted,
         distortion,
-        none,
+        interlevel,
         rgb=rendered.features,
         depth=rendered.depth,
         accumulation=rendered.accumulation,

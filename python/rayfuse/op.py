@@ -169,7 +169,9 @@ class Op:
 
     def public(self) -> Callable:
         """The function that users call: checks, then the autograd Function."""
-        function, transformable = self.Function, self.Transformable
+        transformable = self.Transformable
+        # past what looks for transforms, as it is done here
+        function_apply = super(torch.autograd.Function, self.Function).apply  # type: ignore[misc]
         # the usual call, tensors alone, must not wait for what only others need
         plain = len(self.inputs) if self._required == self.inputs and not self.scalars else None
 
@@ -198,8 +200,8 @@ class Op:
             if torch.autograd._profiler_enabled():
                 chosen = self.kernels.choose(args[0].device.type).name
                 with torch.profiler.record_function(f"rayfuse::{self.name} on {chosen}"):
-                    return function.apply(reduction, denominator, *args)
-            return function.apply(reduction, denominator, *args)
+                    return function_apply(reduction, denominator, *args)
+            return function_apply(reduction, denominator, *args)
 
         def loss(
             *args: Tensor,
