@@ -31,6 +31,15 @@ class TestInterlevelLoss(Contract):
         assert want > 0
         torch.testing.assert_close(self.call(args), want)
 
+    def test_what_is_kept_are_the_gradients_of_each_rays_loss(self, forced_backend, device):
+        args = self.inputs(dtype=torch.float64, device=device, **self.sizes[3])
+        ones = [torch.ones(self.leading, dtype=torch.float64, device=device)]
+        for variant in self.variants:
+            _, *kept = self.spec.run_fwd(*self.spec.raw_arguments(args, **variant))
+            with rayfuse.use_backend("ref"):
+                _, want = self.gradients(args, ones, variant)
+            torch.testing.assert_close(tuple(kept), want)
+
     def test_one_bin_that_lacks_half(self, forced_backend, device):
         # 1/2 (1 - 1/2)^2 / 1 for the first sample, and nothing for the second
         t = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64, device=device)

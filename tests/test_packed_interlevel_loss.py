@@ -84,6 +84,15 @@ class TestPackedInterlevelLoss(PackedContract):
             torch.testing.assert_close(ours, want)
             torch.testing.assert_close(grads, torch.autograd.grad(want, [w, w_env], d_loss))
 
+    def test_what_is_kept_are_the_gradients_of_each_rays_loss(self, forced_backend, device):
+        args = self.inputs(dtype=torch.float64, device=device, **self.sizes[4])
+        ones = [torch.ones(self.leading, dtype=torch.float64, device=device)]
+        for variant in self.variants:
+            _, *kept = self.spec.run_fwd(*self.spec.raw_arguments(args, **variant))
+            with rayfuse.use_backend("ref"):
+                _, want = self.gradients(args, ones, variant)
+            torch.testing.assert_close(tuple(kept), want)
+
     def one_ray(self, device, *values):
         """Starts, ends and weights of samples, then of bins."""
         values = [torch.tensor(x, dtype=torch.float64, device=device) for x in values]

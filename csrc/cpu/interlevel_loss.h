@@ -19,8 +19,8 @@ struct Uncovered {
   }
 };
 
-// The loss of a ray of n samples, and its gradients to their weights and bounds. Up to kLanes zeros
-// follow the latter.
+// The loss of a ray of n samples, and its gradients to their weights and bounds; the latter are 0
+// in a last register where there is no sample.
 template <class T>
 accumulator<T> loss_and_slopes(int64_t n, accumulator<T> eps,
                                const T* w,                     // [n]
@@ -66,7 +66,7 @@ RAYFUSE_KERNEL void scale(int64_t first, int64_t last, const Rays& rays,
 namespace rayfuse {
 namespace {
 
-// Of w or of w_env, empty where bit i of `needs` is not set.
+// The gradient of x, w or w_env, empty where bit i of `needs` is not set.
 template <class Rays>
 Tensor scaled(const Rays& rays, const Tensor& d_loss, const Tensor& slope, const Tensor& x,
               int64_t needs, int i) {
