@@ -1,9 +1,9 @@
 // Interlevel loss: L = 1/S sum_i r_i u_i with r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i +
 // eps), w_outer_i the weight of the envelope's bins that sample i touches (envelope.h). A warp owns
 // a ray, a block a long one; all arrays of a ray are on chip, or in global memory where they do not
-// fit. One pass over memory each way. Backward: d_w_outer_i = -2 u_i, d_w_i = u_i (2 - u_i), and
-// each bin of w_env gets the gradients of the samples it bounds, all times d_loss / S. Source:
-// Mip-NeRF 360, eq. 13; docs/interlevel.md.
+// fit. Forward: one pass, which keeps dL/dw_i = u_i (2 - u_i) / S and dL/dw_env, where each bin
+// gets the dL/dw_outer_i = -2 u_i / S of the samples it bounds. Backward: a thread multiplies a few
+// of these by d_loss. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
 #include "envelope.h"
 #include "uncovered.h"
 
@@ -16,79 +16,79 @@ constexpr int kLeastBlocks = 3;
 template <int kThreads, class T>
 __global__ void __launch_bounds__(kBlock, kLeastBlocks)
     interlevel_loss_fwd_kernel(RayBlocks blocks, int64_t outside, accumulator<T> eps,
-                               const T* __restrict__ t,              // [R, S+1]
-                               const T* __restrict__ w,              // [R, S]
-                               const T* __restrict__ t_env,          // [R, E+1]
-                               const T* __restrict__ w_env,          // [R, E]
-                               accumulator<T>* __restrict__ loss) {  // [R]
-  const int S = blocks.S, E = blocks.E;
-  const Team<kThreads> team;
-  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.rays, S, E);
-  const Envelope<kThreads, T> envelope(team, arrays, S, E);
-  for (int64_t r = blocks.first(); r < blocks.R; r += blocks.step()) {
-    const int count = blocks.count(r), ray = min(team.index, count - 1);
-    const auto* t_here = load_rows(t + r * (S + 1), arrays.t, count * (S + 1));
-    const auto* w_here = load_rows(w + r * S, arrays.w, count * S) + ray * S;
-    const auto* t_env_here = load_rows(t_env + r * (E + 1), arrays.t_env, count * (E + 1));
-    const auto* w_env_here = load_rows(w_env + r * E, arrays.w_env, count * E);
-    __syncthreads();
-    envelope.locate(t_here + ray * (S + 1), t_env_here + ray * (E + 1), w_env_here + ray * E,
-                    outside);
-    DoubleSum own = {};
-    for (int i = team.rank; i < S; i += kThreads) {
-      const Uncovered here(w_here[i], envelope.w_outer(i), eps);
-      own.value += here.r * here.u;
-    }
-    const double total = team.template scan<false>(own).total.value;
-    if (team.rank == 0 && count > team.index) {
-      loss[r + ray] = static_cast<accumulator<T>>(total / max(S, 1));
-    }
-    __syncthreads();
-  }
-}
-
-template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, kLeastBlocks)
-    interlevel_loss_bwd_kernel(RayBlocks blocks, int64_t outside, accumulator<T> eps,
-                               const accumulator<T>* __restrict__ d_loss,  // [R]
-                               const T* __restrict__ t,                    // [R, S+1]
-                               const T* __restrict__ w,                    // [R, S]
-                               const T* __restrict__ t_env,                // [R, E+1]
-                               const T* __restrict__ w_env,                // [R, E]
-                               T* __restrict__ d_w,                        // [R, S] or null
-                               T* __restrict__ d_w_env) {                  // [R, E] or null
+                               const T* __restrict__ t,                   // [R, S+1]
+                               const T* __restrict__ w,                   // [R, S]
+                               const T* __restrict__ t_env,               // [R, E+1]
+                               const T* __restrict__ w_env,               // [R, E]
+                               accumulator<T>* __restrict__ loss,         // [R]
+                               accumulator<T>* __restrict__ slope,        // [R, S]
+                               accumulator<T>* __restrict__ slope_env) {  // [R, E]
   using A = accumulator<T>;
   const int S = blocks.S, E = blocks.E;
+  const A mean = A(1) / max(S, 1);
   const Team<kThreads> team;
   const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.rays, S, E);
   const Envelope<kThreads, T> envelope(team, arrays, S, E);
   for (int64_t r = blocks.first(); r < blocks.R; r += blocks.step()) {
     const int count = blocks.count(r), ray = min(team.index, count - 1);
+    const bool is_own = count > team.index;
     const auto* t_here = load_rows(t + r * (S + 1), arrays.t, count * (S + 1));
     const auto* w_here = load_rows(w + r * S, arrays.w, count * S) + ray * S;
     const auto* t_env_here = load_rows(t_env + r * (E + 1), arrays.t_env, count * (E + 1));
     const auto* w_env_here = load_rows(w_env + r * E, arrays.w_env, count * E);
-    const A scale = d_loss[r + ray] / max(S, 1);
     __syncthreads();
     envelope.locate(t_here + ray * (S + 1), t_env_here + ray * (E + 1), w_env_here + ray * E,
                     outside);
     const auto uncovered = [&](int i) { return Uncovered<A>(w_here[i], envelope.w_outer(i), eps); };
     // the edges and the weights of the envelope have done their duty
-    auto* const d_w_here = on_chip(arrays.t, d_w ? d_w + r * S : nullptr);
-    auto* const d_w_env_here = on_chip(arrays.w_env, d_w_env ? d_w_env + r * E : nullptr);
-    for (int i = team.rank; d_w && count > team.index && i < S; i += kThreads) {
-      const A u = uncovered(i).u;
-      d_w_here[ray * S + i] = scale * (u * (2 - u));
+    A* const slope_here = on_chip(arrays.t, slope + r * S);
+    A* const slope_env_here = on_chip(arrays.w_env, slope_env + r * E);
+    DoubleSum own = {};
+    for (int i = team.rank; i < S; i += kThreads) {
+      const auto here = uncovered(i);
+      own.value += here.r * here.u;
+      if (is_own) slope_here[ray * S + i] = mean * (here.u * (2 - here.u));
     }
-    if (d_w_env) {
-      envelope.gradient([&](int i) { return -2 * scale * uncovered(i).u; },
-                        count > team.index ? d_w_env_here + ray * E : nullptr);
-    }
+    const double total = team.template scan<false>(own).total.value;
+    if (team.rank == 0 && is_own) loss[r + ray] = static_cast<A>(total / max(S, 1));
+    envelope.gradient([&](int i) { return -2 * mean * uncovered(i).u; },
+                      is_own ? slope_env_here + ray * E : nullptr);
     __syncthreads();
-    if (d_w) store(d_w + r * S, d_w_here, count * S);
-    if (d_w_env) store(d_w_env + r * E, d_w_env_here, count * E);
+    store(slope + r * S, slope_here, count * S);
+    store(slope_env + r * E, slope_env_here, count * E);
     __syncthreads();
   }
+}
+
+// An input, and the gradient of each ray's loss to it.
+template <class T>
+struct Slopes {
+  static constexpr int kOfBlock = 4 * kBlock;
+
+  const accumulator<T>* slope;  // [R, n]
+  T* d_x;                       // [R, n] or null
+  int64_t R;
+  int n;
+
+  int64_t blocks() const { return d_x ? (R * n + kOfBlock - 1) / kOfBlock : 0; }
+
+  __device__ void scale(const accumulator<T>* d_loss) const {
+    const int64_t first = int64_t{blockIdx.x} * kOfBlock;
+    if (!d_x || first >= R * n) return;
+    const int64_t r = first / n;
+    const int into = first % n, count = min(R * n - first, int64_t{kOfBlock});
+    for (int i = threadIdx.x; i < count; i += kBlock) {
+      d_x[first + i] = narrow<T>(d_loss[r + (into + i) / n] * slope[first + i]);
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    interlevel_loss_bwd_kernel(const accumulator<T>* __restrict__ d_loss,  // [R]
+                               Slopes<T> w, Slopes<T> w_env) {
+  w.scale(d_loss);
+  w_env.scale(d_loss);
 }
 
 }  // namespace
@@ -99,11 +99,13 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks)
 namespace rayfuse {
 namespace {
 
-Tensor fwd(const Tensor& t, const Tensor& w, const Tensor& t_env, const Tensor& w_env,
-           int64_t outside, double eps) {
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t, const Tensor& w, const Tensor& t_env,
+                                       const Tensor& w_env, int64_t outside, double eps) {
   const Device device(t);
   const int64_t S = w.size(-1), E = w_env.size(-1);
-  Tensor loss = empty(t, leading_sizes(w, 1), accumulator_dtype(t));
+  const auto dtype = accumulator_dtype(t);
+  Tensor loss = empty(t, leading_sizes(w, 1), dtype), slope = empty(t, leading_sizes(w, 0), dtype),
+         slope_env = empty(t, leading_sizes(w_env, 0), dtype);
   dispatch(t, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
@@ -112,27 +114,26 @@ Tensor fwd(const Tensor& t, const Tensor& w, const Tensor& t_env, const Tensor& 
         plan.grid(device.stream()),
         plan.warps ? interlevel_loss_fwd_kernel<kWarp, T> : interlevel_loss_fwd_kernel<kBlock, T>,
         plan.blocks, outside, static_cast<A>(eps), data<T>(t), data<T>(w), data<T>(t_env),
-        data<T>(w_env), mutable_data<A>(loss));
+        data<T>(w_env), mutable_data<A>(loss), mutable_data<A>(slope), mutable_data<A>(slope_env));
   });
-  return loss;
+  return {loss, slope, slope_env};
 }
 
-std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t, const Tensor& w,
-                               const Tensor& t_env, const Tensor& w_env, int64_t outside,
-                               double eps, int64_t needs) {
-  const Device device(t);
-  const int64_t S = w.size(-1), E = w_env.size(-1);
+std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& slope, const Tensor& slope_env,
+                               const Tensor&, const Tensor& w, const Tensor&, const Tensor& w_env,
+                               int64_t, double, int64_t needs) {
+  const Device device(w);
+  const int64_t R = d_loss.numel();
   Tensor d_w = empty_gradient(w, needs, 0), d_w_env = empty_gradient(w_env, needs, 1);
-  if (d_w.numel() + d_w_env.numel() == 0) return {d_w, d_w_env};
-  dispatch(t, [&](auto type) {
+  dispatch(w, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    const EnvelopePlan<T> plan(t, d_loss.numel(), S, E);
-    launch(
-        plan.grid(device.stream()),
-        plan.warps ? interlevel_loss_bwd_kernel<kWarp, T> : interlevel_loss_bwd_kernel<kBlock, T>,
-        plan.blocks, outside, static_cast<A>(eps), data<A>(d_loss), data<T>(t), data<T>(w),
-        data<T>(t_env), data<T>(w_env), mutable_data<T>(d_w), mutable_data<T>(d_w_env));
+    const auto slopes = [&](const Tensor& slope, const Tensor& d_x) {
+      return Slopes<T>{data<A>(slope), mutable_data<T>(d_x), R, static_cast<int>(slope.size(-1))};
+    };
+    const Slopes<T> of_w = slopes(slope, d_w), of_w_env = slopes(slope_env, d_w_env);
+    launch({std::max(of_w.blocks(), of_w_env.blocks()), kBlock, 0, device.stream()},
+           interlevel_loss_bwd_kernel<T>, data<A>(d_loss), of_w, of_w_env);
   });
   return {d_w, d_w_env};
 }

@@ -1,11 +1,10 @@
 // Interlevel loss of packed rays: L = 1/n sum_i r_i u_i over a ray's n samples, r_i = max(0, w_i -
 // w_outer_i), u_i = r_i / (w_i + eps), w_outer_i the weight of the bins from the last that does not
 // start beyond sample i to the first that ends beyond it. A warp owns a ray, a block one of many
-// samples. Forward: each sample bisects the bins and adds up its own. Backward: the same, which
-// keeps u_i; then each bin bisects the samples and adds up the d_w_outer_i = -2 u_i of those that
-// it bounds; d_w_i = u_i (2 - u_i); all times d_loss / n. The samples are in order, so that all
-// sums of a ray together have no more terms than it has samples and bins. Source: Mip-NeRF 360, eq.
-// 13; docs/interlevel.md.
+// samples. Forward: each sample bisects the bins and adds up its own; each bin bisects the samples
+// and adds up the -2 u_i / n of those that it bounds: dL/dw_env, kept beside dL/dw_i = u_i (2 -
+// u_i) / n. All in order, so that these sums have few more terms than a ray has samples and bins.
+// Backward: d_loss times what is kept. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
 #include "envelope.h"
 #include "packed.h"
 #include "uncovered.h"
@@ -129,63 +128,68 @@ template <class T>
 __global__ void __launch_bounds__(kBlock, 1)
     packed_interlevel_loss_fwd_kernel(int64_t R, int64_t outside, accumulator<T> eps,
                                       PackedIntervals<T> samples, PackedIntervals<T> bins,
-                                      accumulator<T>* __restrict__ loss) {  // [R]
+                                      accumulator<T>* __restrict__ loss,  // [R]
+                                      accumulator<T>* slope,              // [P]
+                                      accumulator<T>* slope_env) {        // [Q]
   using A = accumulator<T>;
-  for_each_packed_ray(samples.offsets, R, samples.P,
-                      [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
-                        const Intervals<T> own = samples.of(ray),
-                                           envelope = bins.of(bins.ray(ray.index));
-                        double sum = 0;
-                        for (int64_t first = 0; first < own.n; first += kThreads) {
-                          const auto here = uncovered(team, own, envelope, first, outside, eps);
-                          sum += here.r * here.u;
-                        }
-                        sum = team.sum(sum);
-                        if (team.rank == 0)
-                          loss[ray.index] = static_cast<A>(sum / max(own.n, int64_t{1}));
-                      });
-}
-
-template <class T>
-__global__ void __launch_bounds__(kBlock, 1)
-    packed_interlevel_loss_bwd_kernel(int64_t R, int64_t outside, accumulator<T> eps,
-                                      const accumulator<T>* __restrict__ d_loss,  // [R]
-                                      PackedIntervals<T> samples, PackedIntervals<T> bins,
-                                      accumulator<T>* u,  // [P] or null
-                                      T* d_w,             // [P] or null
-                                      T* d_w_env) {       // [Q] or null
-  using A = accumulator<T>;
-  for_each_stray_sample(samples.offsets, R, samples.P, [&](int64_t k) {
-    if (d_w) d_w[k] = narrow<T>(0);
-  });
-  for_each_stray_sample(bins.offsets, R, bins.P, [&](int64_t k) {
-    if (d_w_env) d_w_env[k] = narrow<T>(0);
-  });
   for_each_packed_ray(samples.offsets, R, samples.P,
                       [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
                         const PackedRay env_ray = bins.ray(ray.index);
                         const Intervals<T> own = samples.of(ray), envelope = bins.of(env_ray);
-                        const A scale = d_loss[ray.index] / max(own.n, int64_t{1});
+                        const A mean = A(1) / max(own.n, int64_t{1});
+                        // u until all bins have read it
+                        A* const slope_here = slope + ray.begin;
+                        double sum = 0;
                         for (int64_t first = 0; first < own.n; first += kThreads) {
-                          const A u_here = uncovered(team, own, envelope, first, outside, eps).u;
-                          const int64_t i = first + team.rank;
-                          if (i >= own.n) continue;
-                          if (u) u[ray.begin + i] = u_here;
-                          if (d_w) d_w[ray.begin + i] = narrow<T>(scale * (u_here * (2 - u_here)));
+                          const auto here = uncovered(team, own, envelope, first, outside, eps);
+                          sum += here.r * here.u;
+                          if (first + team.rank < own.n) slope_here[first + team.rank] = here.u;
                         }
-                        if (!d_w_env) return;
+                        sum = team.sum(sum);
+                        if (team.rank == 0)
+                          loss[ray.index] = static_cast<A>(sum / max(own.n, int64_t{1}));
                         sync(team);
                         for (int64_t first = 0; first < envelope.n; first += kThreads) {
                           const int64_t k = first + team.rank;
                           Range range{0, 0};
                           if (k < envelope.n) range = samples_of(envelope, k, own, outside);
-                          const double sum = sum_of(u + ray.begin, range);
-                          if (k < envelope.n) {
-                            d_w_env[env_ray.begin + k] =
-                                narrow<T>(-2 * scale * static_cast<A>(sum));
-                          }
+                          const double u_sum = sum_of(slope_here, range);
+                          if (k < envelope.n)
+                            slope_env[env_ray.begin + k] = -2 * mean * static_cast<A>(u_sum);
+                        }
+                        sync(team);
+                        for (int64_t i = team.rank; i < own.n; i += kThreads) {
+                          const A u = slope_here[i];
+                          slope_here[i] = mean * (u * (2 - u));
                         }
                       });
+}
+
+// d_x = d_loss slope; 0 for what is in no ray.
+template <class T>
+__device__ void scale(const PackedIntervals<T>& x, int64_t R, const accumulator<T>* d_loss,
+                      const accumulator<T>* slope, T* d_x) {
+  if (!d_x) return;
+  for_each_stray_sample(x.offsets, R, x.P, [&](int64_t k) { d_x[k] = narrow<T>(0); });
+  for_each_packed_ray(x.offsets, R, x.P,
+                      [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
+                        for (int64_t k = ray.begin + team.rank; k < ray.end; k += kThreads) {
+                          d_x[k] = narrow<T>(d_loss[ray.index] * slope[k]);
+                        }
+                      });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    packed_interlevel_loss_bwd_kernel(int64_t R,
+                                      const accumulator<T>* __restrict__ d_loss,  // [R]
+                                      PackedIntervals<T> samples, PackedIntervals<T> bins,
+                                      const accumulator<T>* __restrict__ slope,      // [P]
+                                      const accumulator<T>* __restrict__ slope_env,  // [Q]
+                                      T* __restrict__ d_w,                           // [P] or null
+                                      T* __restrict__ d_w_env) {                     // [Q] or null
+  scale(samples, R, d_loss, slope, d_w);
+  scale(bins, R, d_loss, slope_env, d_w_env);
 }
 
 }  // namespace
@@ -202,41 +206,45 @@ PackedIntervals<T> intervals(const Tensor& starts, const Tensor& ends, const Ten
   return {data<T>(starts), data<T>(ends), data<T>(w), data<int64_t>(offsets), w.numel()};
 }
 
-Tensor fwd(const Tensor& t_starts, const Tensor& t_ends, const Tensor& w, const Tensor& offsets,
-           const Tensor& t_env_starts, const Tensor& t_env_ends, const Tensor& w_env,
-           const Tensor& offsets_env, int64_t outside, double eps) {
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t_starts, const Tensor& t_ends,
+                                       const Tensor& w, const Tensor& offsets,
+                                       const Tensor& t_env_starts, const Tensor& t_env_ends,
+                                       const Tensor& w_env, const Tensor& offsets_env,
+                                       int64_t outside, double eps) {
   const Device device(w);
   const int64_t R = offsets.numel() - 1;
-  Tensor loss = empty(w, {R}, accumulator_dtype(w));
+  const auto dtype = accumulator_dtype(w);
+  Tensor loss = empty(w, {R}, dtype), slope = empty(w, {w.numel()}, dtype),
+         slope_env = empty(w, {w_env.numel()}, dtype);
   dispatch(w, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
     launch({packed_blocks(R), kBlock, 0, device.stream()}, packed_interlevel_loss_fwd_kernel<T>, R,
            outside, static_cast<A>(eps), intervals<T>(t_starts, t_ends, w, offsets),
-           intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env), mutable_data<A>(loss));
+           intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env), mutable_data<A>(loss),
+           mutable_data<A>(slope), mutable_data<A>(slope_env));
   });
-  return loss;
+  return {loss, slope, slope_env};
 }
 
-std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t_starts, const Tensor& t_ends,
-                               const Tensor& w, const Tensor& offsets, const Tensor& t_env_starts,
+std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& slope, const Tensor& slope_env,
+                               const Tensor& t_starts, const Tensor& t_ends, const Tensor& w,
+                               const Tensor& offsets, const Tensor& t_env_starts,
                                const Tensor& t_env_ends, const Tensor& w_env,
-                               const Tensor& offsets_env, int64_t outside, double eps,
-                               int64_t needs) {
+                               const Tensor& offsets_env, int64_t, double, int64_t needs) {
   const Device device(w);
   const int64_t R = offsets.numel() - 1;
   Tensor d_w = empty_gradient(w, needs, 0), d_w_env = empty_gradient(w_env, needs, 1);
   if (d_w.numel() + d_w_env.numel() == 0) return {d_w, d_w_env};
-  const Tensor u = empty(w, {d_w_env.numel() ? w.numel() : 0}, accumulator_dtype(w));
   dispatch(w, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
     // one block at least, for samples and bins of no ray
     launch({std::max<int64_t>(packed_blocks(R), 1), kBlock, 0, device.stream()},
-           packed_interlevel_loss_bwd_kernel<T>, R, outside, static_cast<A>(eps), data<A>(d_loss),
+           packed_interlevel_loss_bwd_kernel<T>, R, data<A>(d_loss),
            intervals<T>(t_starts, t_ends, w, offsets),
-           intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env), mutable_data<A>(u),
-           mutable_data<T>(d_w), mutable_data<T>(d_w_env));
+           intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env), data<A>(slope),
+           data<A>(slope_env), mutable_data<T>(d_w), mutable_data<T>(d_w_env));
   });
   return {d_w, d_w_env};
 }
