@@ -1,10 +1,10 @@
 # Interlevel loss of packed rays, the formulas of csrc/cpu/packed_interlevel_loss.cpp: L = 1/n sum_i
-# r_i u_i over a ray's n samples, r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i + eps); d_w_i =
-# u_i (2 - u_i), d_w_outer_i = -2 u_i, of which each bin of w_env gets those it bounds; all times
-# d_loss / n. A program owns BLOCK_R rays and takes BLOCK_S samples or bins of each at a time, then
-# the long ones among them by themselves. Running sums of w_env go to global memory in double, where
-# samples look up what lies between the bins that they find by bisection; backward the same of u,
-# where bins look. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
+# r_i u_i over a ray's n samples, r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i + eps). A program
+# owns BLOCK_R rays and takes BLOCK_S samples or bins of each at a time, then the long ones among
+# them by themselves. Forward: running sums of w_env go to global memory in double, where samples
+# look up what lies between the bins that they find by bisection, then the same of u, where bins
+# look: kept are dL/dw_i = u_i (2 - u_i) / n and dL/dw_env, the sums of -2 u_i / n. Backward: d_loss
+# times these. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
 from __future__ import annotations
 
 import torch
@@ -27,7 +27,10 @@ from .interlevel_loss import _uncovered as uncovered
 @triton.jit
 def packed_interlevel_loss_fwd_kernel(
     loss_ptr,  # [R]
+    slope_ptr,  # [P]
+    slope_env_ptr,  # [Q]
     until_ptr,  # [Q]
+    u_until_ptr,  # [P]
     t_starts_ptr,  # [P]
     t_ends_ptr,  # [P]
     w_ptr,  # [P]
@@ -49,13 +52,13 @@ def packed_interlevel_loss_fwd_kernel(
     r = first + tl.arange(0, BLOCK_R)
     begin, n = packed_rays(offsets_ptr, r, R, P)
     begin_env, m = packed_rays(offsets_env_ptr, r, R, Q)
-    short = tl.maximum(n, m) <= BLOCK_LONG
+    short = (r < R) & (tl.maximum(n, m) <= BLOCK_LONG)
     loss = _losses(
-        loss_ptr, until_ptr, t_starts_ptr, t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr,
-        w_env_ptr, begin, tl.where(short, n, 0), begin_env, tl.where(short, m, 0), EPS, OUTSIDE,
-        BLOCK_S,
+        loss_ptr, slope_ptr, slope_env_ptr, until_ptr, u_until_ptr, t_starts_ptr, t_ends_ptr, w_ptr,
+        t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, begin, tl.where(short, n, 0), begin_env,
+        tl.where(short, m, 0), EPS, OUTSIDE, BLOCK_S,
     )  # fmt: skip
-    tl.store(loss_ptr + r, loss, mask=(r < R) & short)
+    tl.store(loss_ptr + r, loss, mask=short)
     if tl.max(tl.maximum(n, m), 0) > BLOCK_LONG:
         for i in range(BLOCK_R):
             one = first + i + tl.arange(0, 1)
@@ -63,9 +66,10 @@ def packed_interlevel_loss_fwd_kernel(
             begin_env_one, m_one = packed_rays(offsets_env_ptr, one, R, Q)
             long = (one < R) & (tl.maximum(n_one, m_one) > BLOCK_LONG)
             loss_one = _losses(
-                loss_ptr, until_ptr, t_starts_ptr, t_ends_ptr, w_ptr, t_env_starts_ptr,
-                t_env_ends_ptr, w_env_ptr, begin_one, tl.where(long, n_one, 0), begin_env_one,
-                tl.where(long, m_one, 0), EPS, OUTSIDE, BLOCK_LONG,
+                loss_ptr, slope_ptr, slope_env_ptr, until_ptr, u_until_ptr, t_starts_ptr,
+                t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, begin_one,
+                tl.where(long, n_one, 0), begin_env_one, tl.where(long, m_one, 0), EPS, OUTSIDE,
+                BLOCK_LONG,
             )  # fmt: skip
             tl.store(loss_ptr + one, loss_one, mask=long)
 
@@ -73,7 +77,10 @@ def packed_interlevel_loss_fwd_kernel(
 @triton.jit
 def _losses(
     loss_ptr,
+    slope_ptr,
+    slope_env_ptr,
     until_ptr,
+    u_until_ptr,
     t_starts_ptr,
     t_ends_ptr,
     w_ptr,
@@ -90,7 +97,8 @@ def _losses(
 ):
     A: tl.constexpr = loss_ptr.dtype.element_ty
     _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK)
-    loss = tl.zeros(n.shape, tl.float64)
+    mean = (1 / tl.maximum(n, 1).to(A))[:, None]
+    loss, u_sum = tl.zeros(n.shape, tl.float64), tl.zeros(n.shape, tl.float64)
     for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
         s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
         rest, u = _uncovered(
@@ -98,31 +106,75 @@ def _losses(
             begin_env, m, s, EPS, OUTSIDE, A,
         )  # fmt: skip
         loss += tl.sum((rest * u).to(tl.float64), 1)
-    return (loss / tl.maximum(n, 1)).to(A)
+        here, at = s < n[:, None], begin[:, None] + s
+        tl.store(slope_ptr + at, mean * (u * (2 - u)), mask=here)
+        wide = u.to(tl.float64)
+        tl.store(u_until_ptr + at, u_sum[:, None] + tl.cumsum(wide, 1), mask=here)
+        u_sum += tl.sum(wide, 1)
+    loss = (loss / tl.maximum(n, 1)).to(A)
+
+    # other threads read the sums
+    tl.debug_barrier()
+    n, m = n[:, None], m[:, None]
+    begin, begin_env = begin[:, None], begin_env[:, None]
+    for b in range(tl.cdiv(tl.max(m), BLOCK)):
+        k = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        here = k < m
+        # a bin bounds the samples that end at or beyond the end of the one before it, and
+        # start before the start of the next one
+        inner, outer = here & (k > 0), here & (k < m - 1)
+        at = begin_env + k
+        before = load(t_env_ends_ptr + at - 1, inner, A)
+        behind = load(t_env_starts_ptr + at + 1, outer, A)
+        if OUTSIDE != 0:
+            before = tl.where(k > 0, before, load(t_env_starts_ptr + at, here & (k == 0), A))
+            inner = here
+        if OUTSIDE == 1:
+            last = here & (k == m - 1)
+            behind = tl.where(last, load(t_env_ends_ptr + at, last, A), behind)
+            outer = here
+        from_ = tl.where(inner, _count(t_ends_ptr + begin, n, before, inner, False, A), 0)
+        until = tl.where(outer, _count(t_starts_ptr + begin, n, behind, outer, False, A), n)
+        d = _up_to(u_until_ptr + begin, until, here) - _up_to(u_until_ptr + begin, from_, here)
+        tl.store(slope_env_ptr + at, -2 * mean * d.to(A), mask=here)
+    return loss
 
 
 @triton.jit
 def packed_interlevel_loss_bwd_kernel(
     d_w_ptr,  # [P]
     d_w_env_ptr,  # [Q]
-    until_ptr,  # [Q]
-    u_until_ptr,  # [P]
     d_loss_ptr,  # [R]
-    t_starts_ptr,  # [P]
-    t_ends_ptr,  # [P]
-    w_ptr,  # [P]
+    slope_ptr,  # [P]
+    slope_env_ptr,  # [Q]
     offsets_ptr,  # [R+1]
-    t_env_starts_ptr,  # [Q]
-    t_env_ends_ptr,  # [Q]
-    w_env_ptr,  # [Q]
     offsets_env_ptr,  # [R+1]
     R,
     P,
     Q,
-    EPS: tl.constexpr,
-    OUTSIDE: tl.constexpr,
     NEEDS_D_W: tl.constexpr,
     NEEDS_D_W_ENV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_LONG: tl.constexpr,
+):
+    if NEEDS_D_W:
+        _scale(d_w_ptr, d_loss_ptr, slope_ptr, offsets_ptr, R, P, BLOCK_R, BLOCK_S, BLOCK_LONG)
+    if NEEDS_D_W_ENV:
+        _scale(
+            d_w_env_ptr, d_loss_ptr, slope_env_ptr, offsets_env_ptr, R, Q, BLOCK_R, BLOCK_S,
+            BLOCK_LONG,
+        )  # fmt: skip
+
+
+@triton.jit
+def _scale(
+    d_x_ptr,
+    d_loss_ptr,
+    slope_ptr,
+    offsets_ptr,
+    R,
+    P,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_LONG: tl.constexpr,
@@ -131,97 +183,29 @@ def packed_interlevel_loss_bwd_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_R - 1
     r = first + tl.arange(0, BLOCK_R)
     begin, n = packed_rays(offsets_ptr, r, R, P)
-    begin_env, m = packed_rays(offsets_env_ptr, r, R, Q)
-    short = tl.maximum(n, m) <= BLOCK_LONG
-    d_loss = packed_values(d_loss_ptr, r, R)
-    _gradients(
-        d_w_ptr, d_w_env_ptr, until_ptr, u_until_ptr, d_loss, t_starts_ptr, t_ends_ptr, w_ptr,
-        t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, begin, tl.where(short, n, 0), begin_env,
-        tl.where(short, m, 0), EPS, OUTSIDE, NEEDS_D_W, NEEDS_D_W_ENV, BLOCK_S,
-    )  # fmt: skip
-    if tl.max(tl.maximum(n, m), 0) > BLOCK_LONG:
+    short = n <= BLOCK_LONG
+    _scale_rays(d_x_ptr, d_loss_ptr, slope_ptr, r, R, begin, tl.where(short, n, 0), BLOCK_S)
+    if tl.max(n, 0) > BLOCK_LONG:
         for i in range(BLOCK_R):
             one = first + i + tl.arange(0, 1)
             begin_one, n_one = packed_rays(offsets_ptr, one, R, P)
-            begin_env_one, m_one = packed_rays(offsets_env_ptr, one, R, Q)
-            long = tl.maximum(n_one, m_one) > BLOCK_LONG
-            d_loss_one = packed_values(d_loss_ptr, one, R)
-            _gradients(
-                d_w_ptr, d_w_env_ptr, until_ptr, u_until_ptr, d_loss_one, t_starts_ptr, t_ends_ptr,
-                w_ptr, t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, begin_one,
-                tl.where(long, n_one, 0), begin_env_one, tl.where(long, m_one, 0), EPS, OUTSIDE,
-                NEEDS_D_W, NEEDS_D_W_ENV, BLOCK_LONG,
+            long = n_one > BLOCK_LONG
+            _scale_rays(
+                d_x_ptr, d_loss_ptr, slope_ptr, one, R, begin_one, tl.where(long, n_one, 0),
+                BLOCK_LONG,
             )  # fmt: skip
 
 
 @triton.jit
-def _gradients(
-    d_w_ptr,
-    d_w_env_ptr,
-    until_ptr,
-    u_until_ptr,
-    d_loss,
-    t_starts_ptr,
-    t_ends_ptr,
-    w_ptr,
-    t_env_starts_ptr,
-    t_env_ends_ptr,
-    w_env_ptr,
-    begin,
-    n,
-    begin_env,
-    m,
-    EPS: tl.constexpr,
-    OUTSIDE: tl.constexpr,
-    NEEDS_D_W: tl.constexpr,
-    NEEDS_D_W_ENV: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    A: tl.constexpr = d_loss.dtype
-    _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK)
-    scale = (d_loss / tl.maximum(n, 1))[:, None]
-    u_sum = tl.zeros(n.shape, tl.float64)
+def _scale_rays(d_x_ptr, d_loss_ptr, slope_ptr, r, R, begin, n, BLOCK: tl.constexpr):
+    A: tl.constexpr = d_loss_ptr.dtype.element_ty
+    d_loss = packed_values(d_loss_ptr, r, R)[:, None]
+    # what is in no ray has no slope
+    own = ((r >= 0) & (r < R))[:, None]
     for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
         s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-        _, u = _uncovered(
-            until_ptr, t_starts_ptr, t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr, begin, n,
-            begin_env, m, s, EPS, OUTSIDE, A,
-        )  # fmt: skip
-        here = s < n[:, None]
-        if NEEDS_D_W:
-            tl.store(d_w_ptr + begin[:, None] + s, scale * (u * (2 - u)), mask=here)
-        if NEEDS_D_W_ENV:
-            wide = u.to(tl.float64)
-            tl.store(
-                u_until_ptr + begin[:, None] + s, u_sum[:, None] + tl.cumsum(wide, 1), mask=here
-            )
-            u_sum += tl.sum(wide, 1)
-
-    if NEEDS_D_W_ENV:
-        # other threads read them
-        tl.debug_barrier()
-        n, m = n[:, None], m[:, None]
-        begin, begin_env = begin[:, None], begin_env[:, None]
-        for b in range(tl.cdiv(tl.max(m), BLOCK)):
-            k = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-            here = k < m
-            # a bin bounds the samples that end at or beyond the end of the one before it, and
-            # start before the start of the next one
-            inner, outer = here & (k > 0), here & (k < m - 1)
-            at = begin_env + k
-            before = load(t_env_ends_ptr + at - 1, inner, A)
-            behind = load(t_env_starts_ptr + at + 1, outer, A)
-            if OUTSIDE != 0:
-                before = tl.where(k > 0, before, load(t_env_starts_ptr + at, here & (k == 0), A))
-                inner = here
-            if OUTSIDE == 1:
-                last = here & (k == m - 1)
-                behind = tl.where(last, load(t_env_ends_ptr + at, last, A), behind)
-                outer = here
-            from_ = tl.where(inner, _count(t_ends_ptr + begin, n, before, inner, False, A), 0)
-            until = tl.where(outer, _count(t_starts_ptr + begin, n, behind, outer, False, A), n)
-            d = _up_to(u_until_ptr + begin, until, here) - _up_to(u_until_ptr + begin, from_, here)
-            tl.store(d_w_env_ptr + at, -2 * scale * d.to(A), mask=here)
+        here, at = s < n[:, None], begin[:, None] + s
+        tl.store(d_x_ptr + at, d_loss * load(slope_ptr + at, here & own, A), mask=here)
 
 
 @triton.jit
@@ -302,14 +286,19 @@ def fwd(
     offsets_env: Tensor,
     outside: int,
     eps: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     R, P, Q = len(offsets) - 1, len(w), len(w_env)
-    loss = w.new_empty(R, dtype=accumulator(w.dtype))
-    until = w.new_empty(Q, dtype=torch.float64)
+    loss, slope, slope_env = (w.new_empty(n, dtype=accumulator(w.dtype)) for n in (R, P, Q))
+    until, u_until = (w.new_empty(n, dtype=torch.float64) for n in (Q, P))
     grid, tile = launch_packed(R, max(P, Q), w.dtype)
+    # 4 samples a thread: 8 took 146 registers (sm_90), and spilled 8 bytes where ptxas chose 128
+    tile["BLOCK_LONG"] //= 2
     packed_interlevel_loss_fwd_kernel[grid](
         loss,
+        slope,
+        slope_env,
         until,
+        u_until,
         t_starts,
         t_ends,
         w,
@@ -324,13 +313,15 @@ def fwd(
         EPS=eps,
         OUTSIDE=outside,
         **tile,
-        **bounded(80 if w.dtype == torch.float64 else 128, w),
+        **bounded(128, w),
     )
-    return loss
+    return loss, slope, slope_env
 
 
 def bwd(
     d_loss: Tensor,
+    slope: Tensor,
+    slope_env: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
     w: Tensor,
@@ -347,33 +338,20 @@ def bwd(
     d_w, d_w_env = empty_gradient(w, needs, 0), empty_gradient(w_env, needs, 1)
     if R == 0:
         return d_w.zero_(), d_w_env.zero_()
-    until = w.new_empty(Q, dtype=torch.float64)
-    u_until = w.new_empty(P if needs & 2 else 0, dtype=torch.float64)
     grid, tile = launch_packed(R + 2, max(P, Q), w.dtype)
-    # 4 samples a thread: 8 took 146 registers (sm_90), and spilled 8 bytes where ptxas chose 128
-    tile["BLOCK_LONG"] //= 2
     packed_interlevel_loss_bwd_kernel[grid](
         d_w,
         d_w_env,
-        until,
-        u_until,
         d_loss,
-        t_starts,
-        t_ends,
-        w,
+        slope,
+        slope_env,
         offsets,
-        t_env_starts,
-        t_env_ends,
-        w_env,
         offsets_env,
         R,
         P,
         Q,
-        EPS=eps,
-        OUTSIDE=outside,
         NEEDS_D_W=bool(needs & 1),
         NEEDS_D_W_ENV=bool(needs & 2),
         **tile,
-        **bounded(128, w),
     )
     return d_w, d_w_env
