@@ -35,9 +35,11 @@ def bounds(
     if outside == "zero":
         behind = ~(t_env_ends[(last - 1).clamp(min=0)] > t_starts)
         begin = torch.where(behind, last, begin)
-    until = PackedRays(offsets_env, len(w_env)).running_sum(w_env)
+    # what is rounded off in float32 is no small part of a sample that weighs nothing
+    until = PackedRays(offsets_env, len(w_env)).running_sum(w_env.double())
     w_outer = torch.where(end > first, until[(end - 1).clamp(min=0)], 0)
-    return begin, end, w_outer - torch.where(begin > first, until[(begin - 1).clamp(min=0)], 0)
+    w_outer = w_outer - torch.where(begin > first, until[(begin - 1).clamp(min=0)], 0)
+    return begin, end, w_outer.to(w_env.dtype)
 
 
 def slopes(
