@@ -93,6 +93,28 @@ class TestPackedInterlevelLoss(PackedContract):
                 _, want = self.gradients(args, ones, variant)
             torch.testing.assert_close(tuple(kept), want)
 
+    def test_what_is_in_no_ray_gets_zeros_and_changes_nothing(self, forced_backend, device):
+        if forced_backend == "ref" or forced_backend.startswith("cpu"):
+            pytest.skip("offsets are looked at there, and must leave nothing out")
+        args = self.inputs(device=device)
+        own, inner = list(args), list(args)
+        stray = []
+        for first in (0, 4):
+            starts, ends, w, offsets = args[first : first + 4]
+            mine = slice(3, len(w) - 4)
+            args[first + 3] = offsets = offsets.clamp(mine.start, mine.stop)
+            own[first : first + 4] = *(x[mine] for x in (starts, ends, w)), offsets - mine.start
+            inner[first + 2] = mine
+            stray.append(torch.ones(len(w), dtype=torch.bool, device=device))
+            stray[-1][mine] = False
+        losses, grads = self.gradients(args)
+        right, want = self.gradients(own)
+        torch.testing.assert_close(losses, right)
+        kept = self.kept(self.spec.raw_arguments(args))
+        for at, some, d_x, d_own, slope in zip((2, 6), stray, grads, want, kept, strict=True):
+            torch.testing.assert_close(d_x[inner[at]], d_own)
+            assert not d_x[some].any() and not slope[some].any()
+
     def one_ray(self, device, *values):
         """Starts, ends and weights of samples, then of bins."""
         values = [torch.tensor(x, dtype=torch.float64, device=device) for x in values]

@@ -48,30 +48,33 @@ def packed_interlevel_loss_fwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_LONG: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK_R
+    # one ray less: the samples before offsets[0]
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R - 1
     r = first + tl.arange(0, BLOCK_R)
     begin, n = packed_rays(offsets_ptr, r, R, P)
     begin_env, m = packed_rays(offsets_env_ptr, r, R, Q)
-    short = (r < R) & (tl.maximum(n, m) <= BLOCK_LONG)
+    short = tl.maximum(n, m) <= BLOCK_LONG
+    is_ray = (r >= 0) & (r < R)
     loss = _losses(
         loss_ptr, slope_ptr, slope_env_ptr, until_ptr, u_until_ptr, t_starts_ptr, t_ends_ptr, w_ptr,
-        t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, begin, tl.where(short, n, 0), begin_env,
-        tl.where(short, m, 0), EPS, OUTSIDE, BLOCK_S,
+        t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, is_ray, begin, tl.where(short, n, 0),
+        begin_env, tl.where(short, m, 0), EPS, OUTSIDE, BLOCK_S,
     )  # fmt: skip
-    tl.store(loss_ptr + r, loss, mask=short)
+    tl.store(loss_ptr + r, loss, mask=is_ray & short)
     if tl.max(tl.maximum(n, m), 0) > BLOCK_LONG:
         for i in range(BLOCK_R):
             one = first + i + tl.arange(0, 1)
             begin_one, n_one = packed_rays(offsets_ptr, one, R, P)
             begin_env_one, m_one = packed_rays(offsets_env_ptr, one, R, Q)
-            long = (one < R) & (tl.maximum(n_one, m_one) > BLOCK_LONG)
+            long = tl.maximum(n_one, m_one) > BLOCK_LONG
+            one_is_ray = (one >= 0) & (one < R)
             loss_one = _losses(
                 loss_ptr, slope_ptr, slope_env_ptr, until_ptr, u_until_ptr, t_starts_ptr,
-                t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, begin_one,
-                tl.where(long, n_one, 0), begin_env_one, tl.where(long, m_one, 0), EPS, OUTSIDE,
-                BLOCK_LONG,
+                t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, one_is_ray,
+                begin_one, tl.where(long, n_one, 0), begin_env_one, tl.where(long, m_one, 0), EPS,
+                OUTSIDE, BLOCK_LONG,
             )  # fmt: skip
-            tl.store(loss_ptr + one, loss_one, mask=long)
+            tl.store(loss_ptr + one, loss_one, mask=one_is_ray & long)
 
 
 @triton.jit
@@ -87,6 +90,7 @@ def _losses(
     t_env_starts_ptr,
     t_env_ends_ptr,
     w_env_ptr,
+    is_ray,
     begin,
     n,
     begin_env,
@@ -97,7 +101,8 @@ def _losses(
 ):
     A: tl.constexpr = loss_ptr.dtype.element_ty
     _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK)
-    mean = (1 / tl.maximum(n, 1).to(A))[:, None]
+    # what is in no ray has no slope
+    mean = tl.where(is_ray, 1 / tl.maximum(n, 1).to(A), 0.0)[:, None]
     loss, u_sum = tl.zeros(n.shape, tl.float64), tl.zeros(n.shape, tl.float64)
     for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
         s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -200,12 +205,10 @@ def _scale(
 def _scale_rays(d_x_ptr, d_loss_ptr, slope_ptr, r, R, begin, n, BLOCK: tl.constexpr):
     A: tl.constexpr = d_loss_ptr.dtype.element_ty
     d_loss = packed_values(d_loss_ptr, r, R)[:, None]
-    # what is in no ray has no slope
-    own = ((r >= 0) & (r < R))[:, None]
     for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
         s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
         here, at = s < n[:, None], begin[:, None] + s
-        tl.store(d_x_ptr + at, d_loss * load(slope_ptr + at, here & own, A), mask=here)
+        tl.store(d_x_ptr + at, d_loss * load(slope_ptr + at, here, A), mask=here)
 
 
 @triton.jit
@@ -290,7 +293,7 @@ def fwd(
     R, P, Q = len(offsets) - 1, len(w), len(w_env)
     loss, slope, slope_env = (w.new_empty(n, dtype=accumulator(w.dtype)) for n in (R, P, Q))
     until, u_until = (w.new_empty(n, dtype=torch.float64) for n in (Q, P))
-    grid, tile = launch_packed(R, max(P, Q), w.dtype)
+    grid, tile = launch_packed(R + 2, max(P, Q), w.dtype)
     # 4 samples a thread: 8 took 146 registers (sm_90), and spilled 8 bytes where ptxas chose 128
     tile["BLOCK_LONG"] //= 2
     packed_interlevel_loss_fwd_kernel[grid](

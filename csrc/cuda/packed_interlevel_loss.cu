@@ -132,6 +132,8 @@ __global__ void __launch_bounds__(kBlock, 1)
                                       accumulator<T>* slope,              // [P]
                                       accumulator<T>* slope_env) {        // [Q]
   using A = accumulator<T>;
+  for_each_stray_sample(samples.offsets, R, samples.P, [&](int64_t k) { slope[k] = 0; });
+  for_each_stray_sample(bins.offsets, R, bins.P, [&](int64_t k) { slope_env[k] = 0; });
   for_each_packed_ray(samples.offsets, R, samples.P,
                       [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
                         const PackedRay env_ray = bins.ray(ray.index);
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kBlock, 1)
                       });
 }
 
-// d_x = d_loss slope; 0 for what is in no ray.
+// d_x = d_loss slope.
 template <class T>
 __device__ void scale(const PackedIntervals<T>& x, int64_t R, const accumulator<T>* d_loss,
                       const accumulator<T>* slope, T* d_x) {
@@ -206,6 +208,9 @@ PackedIntervals<T> intervals(const Tensor& starts, const Tensor& ends, const Ten
   return {data<T>(starts), data<T>(ends), data<T>(w), data<int64_t>(offsets), w.numel()};
 }
 
+// One block at least, for samples and bins of no ray.
+int64_t all_blocks(int64_t R) { return std::max<int64_t>(packed_blocks(R), 1); }
+
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t_starts, const Tensor& t_ends,
                                        const Tensor& w, const Tensor& offsets,
                                        const Tensor& t_env_starts, const Tensor& t_env_ends,
@@ -219,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t_starts, const Tensor& t_e
   dispatch(w, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    launch({packed_blocks(R), kBlock, 0, device.stream()}, packed_interlevel_loss_fwd_kernel<T>, R,
+    launch({all_blocks(R), kBlock, 0, device.stream()}, packed_interlevel_loss_fwd_kernel<T>, R,
            outside, static_cast<A>(eps), intervals<T>(t_starts, t_ends, w, offsets),
            intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env), mutable_data<A>(loss),
            mutable_data<A>(slope), mutable_data<A>(slope_env));
@@ -239,10 +244,8 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& slope, const 
   dispatch(w, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    // one block at least, for samples and bins of no ray
-    launch({std::max<int64_t>(packed_blocks(R), 1), kBlock, 0, device.stream()},
-           packed_interlevel_loss_bwd_kernel<T>, R, data<A>(d_loss),
-           intervals<T>(t_starts, t_ends, w, offsets),
+    launch({all_blocks(R), kBlock, 0, device.stream()}, packed_interlevel_loss_bwd_kernel<T>, R,
+           data<A>(d_loss), intervals<T>(t_starts, t_ends, w, offsets),
            intervals<T>(t_env_starts, t_env_ends, w_env, offsets_env), data<A>(slope),
            data<A>(slope_env), mutable_data<T>(d_w), mutable_data<T>(d_w_env));
   });
