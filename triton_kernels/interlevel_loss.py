@@ -141,9 +141,9 @@ def fwd(
     slope, slope_env = torch.empty_like(w, dtype=dtype), torch.empty_like(w_env, dtype=dtype)
     R = loss.numel()
     grid, tile = launch(R, S, E)
-    if w.dtype == torch.float64:
-        # long rays spilled 8 bytes for 80 registers (sm_90), and more bound to 80 (sm_80)
-        tile |= bounded(128, w)
+    # spilled 6 bytes for 72 registers (sm_100); in float64 long rays 8 for 80 (sm_90), and more
+    # bound to 80 (sm_80)
+    tile |= bounded(128 if w.dtype == torch.float64 else 80, w)
     interlevel_loss_fwd_kernel[grid](
         loss,
         slope,

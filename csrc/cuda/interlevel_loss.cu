@@ -39,20 +39,23 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks)
     __syncthreads();
     envelope.locate(t_here + ray * (S + 1), t_env_here + ray * (E + 1), w_env_here + ray * E,
                     outside);
-    const auto uncovered = [&](int i) { return Uncovered<A>(w_here[i], envelope.w_outer(i), eps); };
     // the edges and the weights of the envelope have done their duty
     A* const slope_here = on_chip(arrays.t, slope + r * S);
     A* const slope_env_here = on_chip(arrays.w_env, slope_env + r * E);
+    // until all bins have read it
+    A* const u = slope_here + ray * S;
     DoubleSum own = {};
     for (int i = team.rank; i < S; i += kThreads) {
-      const auto here = uncovered(i);
+      const Uncovered here(w_here[i], envelope.w_outer(i), eps);
       own.value += here.r * here.u;
-      if (is_own) slope_here[ray * S + i] = mean * (here.u * (2 - here.u));
+      if (is_own) u[i] = here.u;
     }
     const double total = team.template scan<false>(own).total.value;
     if (team.rank == 0 && is_own) loss[r + ray] = static_cast<A>(total / max(S, 1));
-    envelope.gradient([&](int i) { return -2 * mean * uncovered(i).u; },
+    __syncthreads();
+    envelope.gradient([&](int i) { return -2 * mean * u[i]; },
                       is_own ? slope_env_here + ray * E : nullptr);
+    for (int i = team.rank; is_own && i < S; i += kThreads) u[i] = mean * (u[i] * (2 - u[i]));
     __syncthreads();
     store(slope + r * S, slope_here, count * S);
     store(slope_env + r * E, slope_env_here, count * E);
@@ -73,13 +76,20 @@ struct Slopes {
   int64_t blocks() const { return d_x ? (R * n + kOfBlock - 1) / kOfBlock : 0; }
 
   __device__ void scale(const accumulator<T>* d_loss) const {
+    using A = accumulator<T>;
+    __shared__ __align__(16) A from[chip_size<A>(kOfBlock)], to[chip_size<T>(kOfBlock)];
     const int64_t first = int64_t{blockIdx.x} * kOfBlock;
     if (!d_x || first >= R * n) return;
     const int64_t r = first / n;
     const int into = first % n, count = min(R * n - first, int64_t{kOfBlock});
+    A *const slope_here = on_chip(from, slope + first), *const d_x_here = on_chip(to, d_x + first);
+    load(slope + first, slope_here, count);
+    __syncthreads();
     for (int i = threadIdx.x; i < count; i += kBlock) {
-      d_x[first + i] = narrow<T>(d_loss[r + (into + i) / n] * slope[first + i]);
+      d_x_here[i] = d_loss[r + (into + i) / n] * slope_here[i];
     }
+    __syncthreads();
+    store(d_x + first, d_x_here, count);
   }
 };
 
