@@ -28,6 +28,7 @@ class BenchInterlevelLoss(harness.Bench):
         Workload((65536,), dict(S=48, E=96), torch.bfloat16),
     )
     directions = ((), ("w_env",), ("w", "w_env"))
+    read_again = ()
     peers = (
         peers.eager("nerfstudio", as_nerfstudio),
         peers.compiled("nerfstudio", as_nerfstudio),

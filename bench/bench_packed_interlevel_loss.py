@@ -54,6 +54,7 @@ class BenchPackedInterlevelLoss(harness.PackedBench):
         Workload((65536,), dict(P=48, Q=96), torch.bfloat16),
     )
     directions = ((), ("w_env",), ("w", "w_env"))
+    read_again = ("offsets", "offsets_env")
     peers: Any = (
         peers.eager("one search", one_search),
         peers.eager("reference", rayfuse.packed_interlevel_loss.op.reference),
