@@ -11,10 +11,11 @@ namespace rayfuse {
 namespace {
 
 // Of a multiprocessor: for more of them kernels would spill.
-constexpr int kLeastBlocks = 3;
+template <int kThreads>
+constexpr int kLeastBlocks = kThreads == kWarp ? 3 : 2;
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, kLeastBlocks)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
     interlevel_loss_fwd_kernel(RayBlocks blocks, int64_t outside, accumulator<T> eps,
                                const T* __restrict__ t,                   // [R, S+1]
                                const T* __restrict__ w,                   // [R, S]
