@@ -12,6 +12,7 @@ from conftest import BACKENDS, device_of
 from contract import Contract
 from rayfuse import backend
 
+FORMS = ("ds_nerf", "urban", "urban_mass")
 NO_DEPTH = (0.0, -1.0, math.inf, -math.inf, math.nan)
 
 
@@ -36,6 +37,19 @@ def urban(w, s, depth, depth_pred, sigma):
     return loss
 
 
+def urban_mass(w, s, lengths, depth, depth_pred, sigma):
+    """The squared distances of weights from masses, and that of the depths, one ray."""
+    loss = (depth - depth_pred) ** 2
+    for w_i, s_i, l_i in zip(w, s, lengths, strict=True):
+        below = [
+            math.erfc((depth - edge) / (sigma / 3) / math.sqrt(2)) / 2
+            for edge in (s_i - l_i / 2, s_i + l_i / 2)
+        ]
+        if s_i - l_i / 2 <= depth + sigma:
+            loss += (w_i - (below[1] - below[0])) ** 2
+    return loss
+
+
 class TestDepthLoss(Contract):
     op = rayfuse.depth_loss
     # around the 16, 8, 4 and 2 lanes of the registers
@@ -48,6 +62,8 @@ class TestDepthLoss(Contract):
         {"sigma": 0.1, "lengths": None},
         {"sigma": 0.3, "form": "urban", "lengths": None, "eps": 1e-3},
         {"sigma": 0.2, "depth_pred": None},
+        {"sigma": 0.2, "form": "urban_mass"},
+        {"sigma": 0.2, "form": "urban_mass", "lengths": None},
     )
 
     def test_values_are_the_published_ones(self, forced_backend, device):
@@ -67,6 +83,45 @@ class TestDepthLoss(Contract):
         )
         torch.testing.assert_close(got.cpu(), torch.tensor(want, dtype=got.dtype))
 
+    def test_mass_is_that_of_a_normal_distribution(self, forced_backend, device):
+        args = self.inputs((6,), torch.float64, device)
+        rows = zip(*(args[i].tolist() for i in (0, 1, 3, 2, 4)), strict=True)
+        want = [urban_mass(*rays, 0.2) for rays in rows]
+        (got,) = self.outputs(args, {"form": "urban_mass", "sigma": 0.2})
+        torch.testing.assert_close(got.cpu(), torch.tensor(want, dtype=got.dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_interval_that_holds_the_whole_band_is_asked_for_all_the_weight(
+        self, forced_backend, device, dtype
+    ):
+        """Before it for none, half a band for half; behind any weight is free."""
+        depth, sigma = torch.tensor([4.0], dtype=dtype, device=device), 0.25
+        # far before, around, around and wider, up to the middle, from the end of the band on, behind
+        s = [1.0, 4.0, 3.75, 3.5, 4.5, 4.75]
+        lengths = [1.0, 1.0, 2.0, 1.0, 0.5, 0.5]
+        mass = [0.0, 1.0, 1.0, 0.5, math.erfc(3 / math.sqrt(2)) / 2, None]
+        for s_i, l_i, m in zip(s, lengths, mass, strict=True):
+            one = [torch.tensor([[x]], dtype=dtype, device=device) for x in (s_i, l_i)]
+            for w in (0.0, 0.25, 0.5, 1.0):
+                weight = torch.full_like(one[0], w, requires_grad=True)
+                loss = rayfuse.depth_loss(
+                    weight, one[0], depth, lengths=one[1], form="urban_mass", sigma=sigma
+                )
+                (d_w,) = torch.autograd.grad(loss, weight)
+                error = 0.0 if m is None else w - m
+                assert loss.item() == pytest.approx(error**2, rel=0, abs=1e-6)
+                assert d_w.item() == pytest.approx(2 * error, rel=0, abs=1e-6)
+
+    def test_weight_that_is_the_mass_costs_exactly_nothing(self, forced_backend, device):
+        s = torch.tensor([[0.5, 1.5, 2.5, 3.5]], device=device)
+        w = torch.tensor([[0.0, 1.0, 0.0, 0.7]], device=device)
+        args = [w, s, torch.tensor([1.5], device=device), torch.ones_like(s), torch.ones(1)]
+        losses, grads = self.gradients(
+            [x.to(device) for x in args],
+            variant={"form": "urban_mass", "sigma": 0.125, "depth_pred": None},
+        )
+        assert not losses[0].any() and not any(grad.any() for grad in grads)
+
     def test_ends_of_the_band_belong_to_it(self, forced_backend, device):
         # all of these are exact in binary
         s = torch.tensor([[1.0, 1.25, 1.75, 2.0]], dtype=torch.float64, device=device)
@@ -82,7 +137,7 @@ class TestDepthLoss(Contract):
                 others = 2 * base**2 if i == 0 else base**2
                 torch.testing.assert_close(loss.item(), want + others)
 
-    @pytest.mark.parametrize("form", ["ds_nerf", "urban"])
+    @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("bad", NO_DEPTH, ids=str)
     def test_ray_without_a_depth_is_zero_whatever_it_holds(self, forced_backend, device, form, bad):
         variant = {"form": form, "sigma": 0.3}
@@ -125,7 +180,7 @@ class TestDepthLoss(Contract):
 
     @pytest.mark.parametrize("S", [4096, 20000])
     def test_long_rays(self, forced_backend, device, S):
-        for variant in self.variants[:2]:
+        for variant in (*self.variants[:2], {"sigma": 0.2, "form": "urban_mass"}):
             args = self.inputs((2,), device=device, S=S)
             self.assert_as_right_as_torch(args, f"at S={S}, {variant}", variant)
 
@@ -133,7 +188,9 @@ class TestDepthLoss(Contract):
         args = self.inputs()
         with pytest.raises(ValueError, match="sigma must be finite and > 0, got 0"):
             self.call(args, sigma=0)
-        with pytest.raises(ValueError, match="form must be 'ds_nerf' or 'urban', got 'urf'"):
+        with pytest.raises(
+            ValueError, match="form must be 'ds_nerf', 'urban' or 'urban_mass', got"
+        ):
             self.call(args, form="urf")
 
     @settings(max_examples=60, deadline=None)
@@ -146,7 +203,7 @@ class TestDepthLoss(Contract):
             max_size=40,
         ),
         st.sampled_from([*NO_DEPTH, 0.5, 2.0, 50.0]),
-        st.sampled_from(["ds_nerf", "urban"]),
+        st.sampled_from(FORMS),
         st.sampled_from([0.25, 1.0, 8.0]),
     )
     def test_whatever_comes_is_as_the_reference_has_it(self, samples, depth, form, sigma):

@@ -9,7 +9,7 @@ import rayfuse
 import simt
 from conftest import EMULATED
 from contract import PackedContract
-from test_depth_loss import NO_DEPTH, ds_nerf, urban
+from test_depth_loss import FORMS, NO_DEPTH, ds_nerf, urban, urban_mass
 
 
 class TestPackedDepthLoss(PackedContract):
@@ -23,6 +23,7 @@ class TestPackedDepthLoss(PackedContract):
         {"sigma": 0.3, "form": "urban"},
         {"sigma": 0.1, "lengths": None},
         {"sigma": 0.3, "form": "urban", "lengths": None, "depth_pred": None, "eps": 1e-3},
+        {"sigma": 0.2, "form": "urban_mass"},
     )
 
     def bad_calls(self, device):
@@ -50,6 +51,9 @@ class TestPackedDepthLoss(PackedContract):
             w, s, depth, depth_pred, offsets, sigma=0.2, reduction="none"
         )
         torch.testing.assert_close(got.cpu(), torch.tensor(want, dtype=got.dtype))
+        want = [urban_mass(*own, *depths, 0.2) for own, *depths in self.ray_by_ray(args)]
+        (got,) = self.outputs([x.to(device) for x in args], {"form": "urban_mass", "sigma": 0.2})
+        torch.testing.assert_close(got.cpu(), torch.tensor(want, dtype=got.dtype))
 
     @pytest.mark.parametrize("S", [0, 1, 9, 33])
     def test_rays_of_equal_counts_are_the_dense_loss(self, forced_backend, device, S):
@@ -58,7 +62,7 @@ class TestPackedDepthLoss(PackedContract):
         leaves = [x.requires_grad_() for x in (w, s, lengths, depth_pred)]
         offsets = S * torch.arange(5, device=device)
         d_loss = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64, device=device)
-        for form in ("ds_nerf", "urban"):
+        for form in FORMS:
             options = dict(sigma=0.3, form=form, reduction="none", depth_pred=depth_pred)
             ours = rayfuse.packed_depth_loss(
                 w.flatten(), s.flatten(), depth, offsets, lengths=lengths.flatten(), **options
@@ -69,7 +73,7 @@ class TestPackedDepthLoss(PackedContract):
                 torch.testing.assert_close(ours, want)
                 torch.testing.assert_close(grads, torch.autograd.grad(want, leaves, d_loss))
 
-    @pytest.mark.parametrize("form", ["ds_nerf", "urban"])
+    @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("bad", NO_DEPTH, ids=str)
     def test_ray_without_a_depth_is_zero_whatever_it_holds(self, forced_backend, device, form, bad):
         variant = {"form": form, "sigma": 0.3}
@@ -111,7 +115,7 @@ class TestPackedDepthLoss(PackedContract):
 
     def test_long_rays(self, forced_backend, device):
         P = 3_000 if forced_backend in EMULATED else 20_000
-        for variant in self.variants[:2]:
+        for variant in (*self.variants[:2], self.variants[-1]):
             args = self.inputs((2,), device=device, P=P)
             self.assert_as_right_as_torch(args, f"at {variant}", variant)
 
@@ -137,5 +141,7 @@ class TestPackedDepthLoss(PackedContract):
         args = self.inputs()
         with pytest.raises(ValueError, match="sigma must be finite and > 0, got 0"):
             self.call(args, sigma=0)
-        with pytest.raises(ValueError, match="form must be 'ds_nerf' or 'urban', got 'urf'"):
+        with pytest.raises(
+            ValueError, match="form must be 'ds_nerf', 'urban' or 'urban_mass', got"
+        ):
             self.call(args, form="urf")

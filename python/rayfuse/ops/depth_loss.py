@@ -31,7 +31,7 @@ def depth_loss(
     *,
     lengths: Tensor | None = None,
     depth_pred: Tensor | None = None,
-    form: Literal["ds_nerf", "urban"] = "ds_nerf",
+    form: Literal["ds_nerf", "urban", "urban_mass"] = "ds_nerf",
     sigma: float = 0.01,
     eps: float = 1e-7,
 ) -> Tensor:
@@ -44,16 +44,21 @@ def depth_loss(
     w^2 before that; 0 behind: of Urban Radiance Fields. `ds_nerf_depth_loss` and
     `urban_radiance_field_depth_loss` take the arguments of each.
 
+    `form="urban_mass"` asks of intervals, which may be wider than sigma, what "urban" asks of
+    points: sum_i (w_i - m_i)^2 with m the mass of that normal distribution between
+    s - lengths / 2 and s + lengths / 2, 0 where an interval begins behind depth + sigma. Lengths
+    are no factor there; without them an interval holds no mass.
+
     Args:
         w: [..., S] weights of the samples, dimensionless.
         s: [..., S] positions of the samples along the ray, in the unit of depth.
         depth: [...] measured depths; a ray whose depth is not positive, infinite or NaN counts as 0
             and has gradients of exactly 0, whatever else it holds. Gets no gradient.
-        lengths: [..., S] lengths of the samples; ones if absent.
+        lengths: [..., S] lengths of the samples; if absent ones, and zeros for "urban_mass".
         depth_pred: [...] rendered depths; no such term if absent.
         form: which f.
         sigma: how far off depths are, > 0: a variance for "ds_nerf", three standard deviations for
-            "urban".
+            the others.
         eps: keeps the logarithm of "ds_nerf" finite, > 0.
 
     Returns:
@@ -79,23 +84,40 @@ def depth_loss(
     # selected before it is used as well: 0 times what is not finite would be a gradient of NaN
     here = valid[..., None]
     w, s, depth = torch.where(here, w, 1), torch.where(here, s, 1), torch.where(valid, depth, 1)
-    f = depth_term(w, s, depth[..., None], form, sigma, eps)
-    loss = (f if lengths is None else torch.where(here, lengths, 1) * f).sum(-1)
+    lengths = None if lengths is None else torch.where(here, lengths, 1)
+    loss = depth_terms(w, s, depth[..., None], lengths, form, sigma, eps).sum(-1)
     if depth_pred is not None:
         loss = loss + (depth - torch.where(valid, depth_pred, 1)).square()
     return torch.where(valid, loss, 0)
 
 
-def depth_term(w: Tensor, s: Tensor, depth: Tensor, form: str, sigma: float, eps: float) -> Tensor:
-    """f of samples whose rays have these depths."""
+def depth_terms(
+    w: Tensor,
+    s: Tensor,
+    depth: Tensor,
+    lengths: Tensor | None,
+    form: str,
+    sigma: float,
+    eps: float,
+) -> Tensor:
+    """What each sample adds to the loss of its ray, which has this depth."""
+    if form == "urban_mass":
+        half = 0 if lengths is None else lengths / 2
+        begin, end = s - half, s + half
+        scale = 3 / (sigma * math.sqrt(2))
+        mass = (torch.erf((end - depth) * scale) - torch.erf((begin - depth) * scale)) / 2
+        # a NaN is not behind
+        return torch.where(begin > depth + sigma, 0, (w - mass).square())
     z = s - depth
     if form == "ds_nerf":
-        return -torch.log(w + eps) * torch.exp(-z.square() / (2 * sigma))
-    scale = sigma / 3
-    density = torch.exp(-(z / scale).square() / 2) / (scale * math.sqrt(2 * math.pi))
-    # a NaN is neither before nor behind
-    before, behind = s < depth - sigma, s > depth + sigma
-    return torch.where(behind, 0, (w - torch.where(before, 0, density)).square())
+        f = -torch.log(w + eps) * torch.exp(-z.square() / (2 * sigma))
+    else:
+        scale = sigma / 3
+        density = torch.exp(-(z / scale).square() / 2) / (scale * math.sqrt(2 * math.pi))
+        # a NaN is neither before nor behind
+        before, behind = s < depth - sigma, s > depth + sigma
+        f = torch.where(behind, 0, (w - torch.where(before, 0, density)).square())
+    return f if lengths is None else lengths * f
 
 
 def ds_nerf_depth_loss(

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..domain import csr, nonnegative, positive
 from ..op import op
 from ..packed import PackedOp, PackedRays
-from .depth_loss import depth_term
+from .depth_loss import depth_terms
 
 __all__ = [
     "packed_depth_loss",
@@ -38,7 +38,7 @@ def packed_depth_loss(
     *,
     lengths: Tensor | None = None,
     depth_pred: Tensor | None = None,
-    form: Literal["ds_nerf", "urban"] = "ds_nerf",
+    form: Literal["ds_nerf", "urban", "urban_mass"] = "ds_nerf",
     sigma: float = 0.01,
     eps: float = 1e-7,
 ) -> Tensor:
@@ -57,11 +57,11 @@ def packed_depth_loss(
         offsets: [R+1] int64: ray r has samples offsets[r] up to offsets[r + 1]. They rise from 0
             to P. On a GPU, where a look at them would synchronise, others give wrong values in
             silence unless in debug mode.
-        lengths: [P] lengths of the samples; ones if absent.
+        lengths: [P] lengths of the samples; if absent ones, and zeros for "urban_mass".
         depth_pred: [R] rendered depths; no such term if absent.
         form: which f.
         sigma: how far off depths are, > 0: a variance for "ds_nerf", three standard deviations for
-            "urban".
+            the others.
         eps: keeps the logarithm of "ds_nerf" finite, > 0.
 
     Returns:
@@ -93,8 +93,9 @@ def packed_depth_loss(
     # selected before it is used as well: 0 times what is not finite would be a gradient of NaN
     here = valid[rays.ray] if len(w) else w.new_zeros(0, dtype=torch.bool)
     w, s, depth = torch.where(here, w, 1), torch.where(here, s, 1), torch.where(valid, depth, 1)
-    f = depth_term(w, s, depth[rays.ray] if len(w) else w, form, sigma, eps)
-    loss = rays.total(f if lengths is None else torch.where(here, lengths, 1) * f)
+    lengths = None if lengths is None else torch.where(here, lengths, 1)
+    of_samples = depth[rays.ray] if len(w) else w
+    loss = rays.total(depth_terms(w, s, of_samples, lengths, form, sigma, eps))
     if depth_pred is not None:
         loss = loss + (depth - torch.where(valid, depth_pred, 1)).square()
     return torch.where(valid, loss, 0)
