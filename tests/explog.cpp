@@ -1,5 +1,5 @@
-// exp, expm1 and log of csrc/cpu/explog.h against the C library's in higher precision. Prints for
-// each function and type the largest error, in units of the last place of the right answer; an
+// exp, expm1, log and erf of csrc/cpu/explog.h against the C library's in higher precision. Prints
+// for each function and type the largest error, in units of the last place of the right answer; an
 // infinity, a NaN or the sign of a zero that differs counts as infinitely wrong.
 #include "../csrc/cpu/explog.h"
 
@@ -82,6 +82,7 @@ int main(int, char** argv) {
   check<float, vec<float> (*)(vec<float>), double>("expm1_float", expm1_of<float>, std::expm1,
                                                    step);
   check<float, vec<float> (*)(vec<float>), double>("log_float", log_of<float>, std::log, step);
+  check<float, vec<float> (*)(vec<float>), double>("erf_float", erf_of<float>, std::erf, step);
   check<float, vec<float> (*)(vec<float>), double>("exp_of_nonpositive_float",
                                                    exp_of_nonpositive_or_nan<float>,
                                                    exp_of_nonpositive_in<double, float>, step);
@@ -91,6 +92,8 @@ int main(int, char** argv) {
   check<double, vec<double> (*)(vec<double>), long double>("expm1_double", expm1_of<double>,
                                                            std::expm1, wide_step);
   check<double, vec<double> (*)(vec<double>), long double>("log_double", log_of<double>, std::log,
+                                                           wide_step);
+  check<double, vec<double> (*)(vec<double>), long double>("erf_double", erf_of<double>, std::erf,
                                                            wide_step);
   check<double, vec<double> (*)(vec<double>), long double>(
       "exp_of_nonpositive_double", exp_of_nonpositive_or_nan<double>,

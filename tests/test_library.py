@@ -59,7 +59,7 @@ def test_baseline_library_holds_no_avx():
 
 
 @pytest.mark.parametrize("isa", backend.isas())
-def test_exp_and_log_are_right_to_a_unit_and_a_half(isa, tmp_path, monkeypatch):
+def test_exp_log_and_erf_are_right_to_a_unit_and_a_half(isa, tmp_path, monkeypatch):
     """On a grid of all bit patterns, around all powers of two, and where the formulas change."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     build = runpy.run_path(str(ROOT / "setup.py"))
@@ -72,7 +72,7 @@ def test_exp_and_log_are_right_to_a_unit_and_a_half(isa, tmp_path, monkeypatch):
     errors = {name: float(worst) for name, worst, _ in map(str.split, said.splitlines())}
     assert errors.keys() == {
         f"{function}_{type}"
-        for function in ("exp", "exp_of_nonpositive", "expm1", "log")
+        for function in ("exp", "exp_of_nonpositive", "expm1", "log", "erf")
         for type in ("float", "double")
     }
     assert all(0.5 <= worst < 1.5 for worst in errors.values()), said

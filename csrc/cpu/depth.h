@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "../math/depth_loss.h"
 #include "explog.h"
 #include "rays.h"
 
@@ -12,6 +13,12 @@ namespace rayfuse {
 template <class A>
 bool is_valid(A depth) {
   return depth > 0 && depth <= std::numeric_limits<A>::max();
+}
+
+// The first n of T in registers, of those that are kLanes or more all.
+template <class A, class T>
+vec<A> load_some(const T* p, int64_t n) {
+  return n < kLanes<A> ? load(p, n) : load(p);
 }
 
 // The first n lanes are 1, the others 0.
@@ -24,10 +31,11 @@ vec<A> ones(int64_t n) {
   return load(lanes, n);
 }
 
-// kLanes samples of a ray.
-template <bool urban, class T>
+// kLanes samples of a ray: what each adds to the loss, and its derivatives.
+template <DepthForm form, class T>
 struct Samples {
   using A = accumulator<T>;
+  static constexpr bool urban = form == DepthForm::urban;
 
   Samples(double sigma, double eps)
       : sigma(sigma),
@@ -37,10 +45,9 @@ struct Samples {
 
   // n of which exist
   void load_at(const T* w, const T* s, const T* lengths, A depth, int64_t n) {
-    const auto get = [n](const T* p) { return n < kLanes<A> ? load(p, n) : load(p); };
-    w_here = get(w);
-    length = lengths ? get(lengths) : ones<A>(n);
-    const vec<A> s_here = get(s);
+    w_here = load_some<A>(w, n);
+    length = lengths ? load_some<A>(lengths, n) : ones<A>(n);
+    const vec<A> s_here = load_some<A>(s, n);
     z = s_here - depth;
     bell = height * exp_of_nonpositive<A>(A(0.5) * curve * z * z);
     if constexpr (urban) {
@@ -54,19 +61,53 @@ struct Samples {
     if constexpr (urban) return error * error;
     return minus_log() * bell;
   }
+  vec<A> loss() const { return length * f(); }
   vec<A> d_w() const {
-    if constexpr (urban) return 2 * error;
-    return -bell / (w_here + eps);
+    if constexpr (urban) return length * (2 * error);
+    return length * (-bell / (w_here + eps));
   }
   vec<A> d_s() const {
     const vec<A> d_bell = curve * z * bell;
-    if constexpr (urban) return -2 * error * d_bell;
-    return minus_log() * d_bell;
+    if constexpr (urban) return length * (-2 * error * d_bell);
+    return length * (minus_log() * d_bell);
   }
+  vec<A> d_lengths() const { return f(); }
 
   A sigma, eps;
   A curve, height;  // -1 / v and a
   vec<A> w_here, z, length, bell, error;
+};
+
+template <class T>
+struct Samples<DepthForm::urban_mass, T> {
+  using A = accumulator<T>;
+
+  Samples(double sigma, double)
+      : sigma(sigma),
+        scale(3 / (sigma * std::numbers::sqrt2)),
+        height(3 / (sigma * std::sqrt(2 * std::numbers::pi))) {}
+
+  // n of which exist; the others are points, without a weight
+  void load_at(const T* w, const T* s, const T* lengths, A depth, int64_t n) {
+    const vec<A> s_here = load_some<A>(s, n);
+    const vec<A> half = lengths ? A(0.5) * load_some<A>(lengths, n) : vec<A>{};
+    const vec<A> start = s_here - half;
+    begin = (start - depth) * scale;
+    end = (s_here + half - depth) * scale;
+    const vec<A> mass = A(0.5) * (erf_of<A>(end) - erf_of<A>(begin));
+    // a NaN is not behind
+    error = start > depth + sigma ? vec<A>{} : load_some<A>(w, n) - mass;
+  }
+  vec<A> density(vec<A> edge) const { return height * exp_of_nonpositive<A>(-edge * edge); }
+  vec<A> loss() const { return error * error; }
+  vec<A> d_w() const { return 2 * error; }
+  vec<A> d_s() const { return -2 * error * (density(end) - density(begin)); }
+  vec<A> d_lengths() const { return -error * (density(end) + density(begin)); }
+
+  A sigma;
+  A scale, height;    // 1 / sqrt(2 v) and a
+  vec<A> begin, end;  // of the interval, from the depth on, by that scale
+  vec<A> error;
 };
 
 }  // namespace rayfuse

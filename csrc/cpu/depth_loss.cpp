@@ -10,7 +10,7 @@ namespace rayfuse {
 namespace {
 
 // Rays begin..end.
-template <bool urban, class T>
+template <DepthForm form, class T>
 RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, double sigma, double eps,
                            const T* w,              // [R, S]
                            const T* s,              // [R, S]
@@ -19,7 +19,7 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, double sigma, 
                            const T* depth_pred,     // [R] or null
                            accumulator<T>* loss) {  // [R]
   using A = accumulator<T>;
-  Samples<urban, T> here(sigma, eps);
+  Samples<form, T> here(sigma, eps);
   for (int64_t r = begin; r < end; r += kRays<A>) {
     const int count = std::min<int64_t>(kRays<A>, end - r);
     Block<A> sums = {};
@@ -31,7 +31,7 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, double sigma, 
       for (int64_t k = 0; k < S; k += kLanes<A>) {
         const int64_t at = (r + i) * S + k;
         here.load_at(w + at, s + at, lengths ? lengths + at : nullptr, D, S - k);
-        sum.add(here.length * here.f());
+        sum.add(here.loss());
       }
       sums.column[i] = sum.total();
       if (depth_pred) off[i] = D - widen(depth_pred[r + i]);
@@ -41,7 +41,7 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, double sigma, 
 }
 
 // Rays begin..end.
-template <bool urban, class T>
+template <DepthForm form, class T>
 RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, double sigma, double eps,
                               const accumulator<T>* d_loss,  // [R]
                               const T* w,                    // [R, S]
@@ -54,7 +54,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, double sigm
                               T* d_lengths,                  // [R, S] or null
                               T* d_depth_pred) {             // [R] or null
   using A = accumulator<T>;
-  Samples<urban, T> here(sigma, eps);
+  Samples<form, T> here(sigma, eps);
   const auto put = [](T* to, vec<A> x, int64_t n) {
     n < kLanes<A> ? store(to, x, n) : store(to, x);
   };
@@ -64,9 +64,9 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, double sigm
     for (int64_t k = 0; k < S; k += kLanes<A>) {
       const int64_t at = r * S + k;
       if (valid) here.load_at(w + at, s + at, lengths ? lengths + at : nullptr, D, S - k);
-      if (d_w) put(d_w + at, valid ? g * here.length * here.d_w() : vec<A>{}, S - k);
-      if (d_s) put(d_s + at, valid ? g * here.length * here.d_s() : vec<A>{}, S - k);
-      if (d_lengths) put(d_lengths + at, valid ? g * here.f() : vec<A>{}, S - k);
+      if (d_w) put(d_w + at, valid ? g * here.d_w() : vec<A>{}, S - k);
+      if (d_s) put(d_s + at, valid ? g * here.d_s() : vec<A>{}, S - k);
+      if (d_lengths) put(d_lengths + at, valid ? g * here.d_lengths() : vec<A>{}, S - k);
     }
     if (d_depth_pred) {
       d_depth_pred[r] = narrow<T>(valid ? 2 * g * (widen(depth_pred[r]) - D) : A(0));
@@ -94,8 +94,8 @@ Tensor fwd(const Tensor& w, const Tensor& s, const Tensor& depth,
             *lengths_ptr = data<T>(lengths), *depth_pred_ptr = data<T>(depth_pred);
     A* loss_ptr = mutable_data<A>(loss);
     for_rays<A>(loss.numel(), S, [=](int64_t begin, int64_t end) {
-      as_constant(form == 1, [=](auto urban) {
-        losses<urban>(begin, end, S, sigma, eps, w_ptr, s_ptr, depth_ptr, lengths_ptr,
+      as_form(form, [=](auto form_) {
+        losses<form_>(begin, end, S, sigma, eps, w_ptr, s_ptr, depth_ptr, lengths_ptr,
                       depth_pred_ptr, loss_ptr);
       });
     });
@@ -123,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tenso
       *d_lengths_ptr = mutable_data<T>(d_lengths),
       *d_depth_pred_ptr = mutable_data<T>(d_depth_pred);
     for_rays<A>(d_loss.numel(), S, [=](int64_t begin, int64_t end) {
-      as_constant(form == 1, [=](auto urban) {
-        gradients<urban>(begin, end, S, sigma, eps, d_loss_ptr, w_ptr, s_ptr, depth_ptr,
+      as_form(form, [=](auto form_) {
+        gradients<form_>(begin, end, S, sigma, eps, d_loss_ptr, w_ptr, s_ptr, depth_ptr,
                          lengths_ptr, depth_pred_ptr, d_w_ptr, d_s_ptr, d_lengths_ptr,
                          d_depth_pred_ptr);
       });

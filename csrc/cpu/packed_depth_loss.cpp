@@ -11,7 +11,7 @@ namespace rayfuse {
 namespace {
 
 // Rays first..last.
-template <bool urban, class T>
+template <DepthForm form, class T>
 RAYFUSE_KERNEL void losses(int64_t first, int64_t last, double sigma, double eps,
                            const T* w,              // [P]
                            const T* s,              // [P]
@@ -21,7 +21,7 @@ RAYFUSE_KERNEL void losses(int64_t first, int64_t last, double sigma, double eps
                            const T* depth_pred,     // [R] or null
                            accumulator<T>* loss) {  // [R]
   using A = accumulator<T>;
-  Samples<urban, T> here(sigma, eps);
+  Samples<form, T> here(sigma, eps);
   for (int64_t r = first; r < last; ++r) {
     const A D = widen(depth[r]);
     loss[r] = 0;
@@ -29,7 +29,7 @@ RAYFUSE_KERNEL void losses(int64_t first, int64_t last, double sigma, double eps
     LevelledSum<A, true> sum;
     for (int64_t k = offsets[r]; k < offsets[r + 1]; k += kLanes<A>) {
       here.load_at(w + k, s + k, lengths ? lengths + k : nullptr, D, offsets[r + 1] - k);
-      sum.add(here.length * here.f());
+      sum.add(here.loss());
     }
     const A off = depth_pred ? D - widen(depth_pred[r]) : A(0);
     loss[r] = sum_lanes<A>(sum.total()) + off * off;
@@ -37,7 +37,7 @@ RAYFUSE_KERNEL void losses(int64_t first, int64_t last, double sigma, double eps
 }
 
 // Rays first..last.
-template <bool urban, class T>
+template <DepthForm form, class T>
 RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, double sigma, double eps,
                               const accumulator<T>* d_loss,  // [R]
                               const T* w,                    // [P]
@@ -51,16 +51,16 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, double sigma, double 
                               T* d_lengths,                  // [P] or null
                               T* d_depth_pred) {             // [R] or null
   using A = accumulator<T>;
-  Samples<urban, T> here(sigma, eps);
+  Samples<form, T> here(sigma, eps);
   for (int64_t r = first; r < last; ++r) {
     const A D = widen(depth[r]), g = d_loss[r];
     const bool valid = is_valid(D);
     const int64_t end = offsets[r + 1];
     for (int64_t k = offsets[r]; k < end; k += kLanes<A>) {
       if (valid) here.load_at(w + k, s + k, lengths ? lengths + k : nullptr, D, end - k);
-      if (d_w) store_at(d_w, k, end, valid ? g * here.length * here.d_w() : vec<A>{});
-      if (d_s) store_at(d_s, k, end, valid ? g * here.length * here.d_s() : vec<A>{});
-      if (d_lengths) store_at(d_lengths, k, end, valid ? g * here.f() : vec<A>{});
+      if (d_w) store_at(d_w, k, end, valid ? g * here.d_w() : vec<A>{});
+      if (d_s) store_at(d_s, k, end, valid ? g * here.d_s() : vec<A>{});
+      if (d_lengths) store_at(d_lengths, k, end, valid ? g * here.d_lengths() : vec<A>{});
     }
     if (d_depth_pred) {
       d_depth_pred[r] = narrow<T>(valid ? 2 * g * (widen(depth_pred[r]) - D) : A(0));
@@ -87,8 +87,8 @@ Tensor fwd(const Tensor& w, const Tensor& s, const Tensor& depth, const Tensor& 
             *lengths_ptr = data<T>(lengths), *depth_pred_ptr = data<T>(depth_pred);
     auto* loss_ptr = mutable_data<accumulator<T>>(loss);
     rays.for_each_piece([=](int64_t first, int64_t last) {
-      as_constant(form == 1, [=](auto urban) {
-        losses<urban>(first, last, sigma, eps, w_ptr, s_ptr, depth_ptr, rays.offsets, lengths_ptr,
+      as_form(form, [=](auto form_) {
+        losses<form_>(first, last, sigma, eps, w_ptr, s_ptr, depth_ptr, rays.offsets, lengths_ptr,
                       depth_pred_ptr, loss_ptr);
       });
     });
@@ -116,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tenso
       *d_lengths_ptr = mutable_data<T>(d_lengths),
       *d_depth_pred_ptr = mutable_data<T>(d_depth_pred);
     rays.for_each_piece([=](int64_t first, int64_t last) {
-      as_constant(form == 1, [=](auto urban) {
-        gradients<urban>(first, last, sigma, eps, d_loss_ptr, w_ptr, s_ptr, depth_ptr, rays.offsets,
+      as_form(form, [=](auto form_) {
+        gradients<form_>(first, last, sigma, eps, d_loss_ptr, w_ptr, s_ptr, depth_ptr, rays.offsets,
                          lengths_ptr, depth_pred_ptr, d_w_ptr, d_s_ptr, d_lengths_ptr,
                          d_depth_pred_ptr);
       });
