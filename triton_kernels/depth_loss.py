@@ -1,7 +1,8 @@
 # Losses of a measured depth D, the formulas of csrc/cpu/depth_loss.cpp: L = sum_i l_i f_i +
 # (D - D_pred)^2 with z = s - D and a bell K = a exp(-z^2 / (2 v)). DS-NeRF: f = -log(w + eps) K.
 # Urban Radiance Fields: f = e^2 with e = w - K within sigma of D, w before it and 0 behind.
-# d_w = -l K / (w + eps), or 2 l e; d_s = l log(w + eps) K z / v, or 2 l e K z / v near D.
+# d_w = -l K / (w + eps), or 2 l e; d_s = l log(w + eps) K z / v, or 2 l e K z / v near D. By mass:
+# e = w - m, m the integral of K over the interval s -+ l / 2, 0 where it begins behind; no l.
 # A program owns BLOCK_R rays and goes over each once, BLOCK_S samples at a time. docs/depth.md.
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, empty_gradient, launch
+from .common import accumulator, empty_gradient, launch, load
+
+# by their places among the choices of the op
+_DS_NERF, _, _URBAN_MASS = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
@@ -26,9 +30,10 @@ def depth_loss_fwd_kernel(
     S,
     curve: tl.float64,
     height: tl.float64,
+    scale: tl.float64,
     sigma: tl.float64,
     eps: tl.float64,
-    URBAN: tl.constexpr,
+    FORM: tl.constexpr,
     LENGTHS: tl.constexpr,
     DEPTH_PRED: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -42,13 +47,11 @@ def depth_loss_fwd_kernel(
         s = start + tl.arange(0, BLOCK_S)[None, :]
         here = valid[:, None] & (s < S)
         at = (r * S)[:, None] + s
-        w, _, bell, error = _sample(
-            w_ptr, s_ptr, at, here, depth[:, None], curve, height, sigma, URBAN, A
-        )
-        f = error * error if URBAN else -tl.log(w + tl.full([], eps, A)) * bell
-        if LENGTHS:
-            f *= tl.load(lengths_ptr + at, mask=here, other=0.0).to(A)
-        loss += tl.sum(tl.where(here, f, 0.0), 1)
+        term, _, _, _ = _sample(
+            w_ptr, s_ptr, lengths_ptr, at, here, depth[:, None],
+            curve, height, scale, sigma, eps, FORM, LENGTHS, A,
+        )  # fmt: skip
+        loss += tl.sum(tl.where(here, term, 0.0), 1)
     if DEPTH_PRED:
         off = depth - tl.load(depth_pred_ptr + r, mask=valid, other=0.0).to(A)
         loss += tl.where(valid, off * off, 0.0)
@@ -71,9 +74,10 @@ def depth_loss_bwd_kernel(
     S,
     curve: tl.float64,
     height: tl.float64,
+    scale: tl.float64,
     sigma: tl.float64,
     eps: tl.float64,
-    URBAN: tl.constexpr,
+    FORM: tl.constexpr,
     LENGTHS: tl.constexpr,
     NEEDS_D_W: tl.constexpr,
     NEEDS_D_S: tl.constexpr,
@@ -91,23 +95,17 @@ def depth_loss_bwd_kernel(
         exists = (r < R)[:, None] & (s < S)
         here = valid[:, None] & exists
         at = (r * S)[:, None] + s
-        w, z, bell, error = _sample(
-            w_ptr, s_ptr, at, here, depth[:, None], curve, height, sigma, URBAN, A
-        )
-        w_eps = w + tl.full([], eps, A)
-        scale = d_loss[:, None]
+        _, d_w, d_s, d_lengths = _sample(
+            w_ptr, s_ptr, lengths_ptr, at, here, depth[:, None],
+            curve, height, scale, sigma, eps, FORM, LENGTHS, A,
+        )  # fmt: skip
+        g = d_loss[:, None]
         if NEEDS_D_LENGTHS:
-            f = error * error if URBAN else -tl.log(w_eps) * bell
-            tl.store(d_lengths_ptr + at, tl.where(here, scale * f, 0.0), mask=exists)
-        if LENGTHS:
-            scale *= tl.load(lengths_ptr + at, mask=here, other=0.0).to(A)
+            tl.store(d_lengths_ptr + at, tl.where(here, g * d_lengths, 0.0), mask=exists)
         if NEEDS_D_W:
-            d_w = 2 * error if URBAN else -bell / w_eps
-            tl.store(d_w_ptr + at, tl.where(here, scale * d_w, 0.0), mask=exists)
+            tl.store(d_w_ptr + at, tl.where(here, g * d_w, 0.0), mask=exists)
         if NEEDS_D_S:
-            d_bell = tl.full([], curve, A) * z * bell
-            d_s = -2 * error * d_bell if URBAN else -tl.log(w_eps) * d_bell
-            tl.store(d_s_ptr + at, tl.where(here, scale * d_s, 0.0), mask=exists)
+            tl.store(d_s_ptr + at, tl.where(here, g * d_s, 0.0), mask=exists)
     if NEEDS_D_DEPTH_PRED:
         off = tl.load(depth_pred_ptr + r, mask=valid, other=0.0).to(A) - depth
         tl.store(d_depth_pred_ptr + r, tl.where(valid, 2 * d_loss * off, 0.0), mask=r < R)
@@ -122,25 +120,58 @@ def _depth(depth_ptr, r, mask, A: tl.constexpr):
 
 @triton.jit
 def _sample(
-    w_ptr, s_ptr, at, here, depth, curve, height, sigma, URBAN: tl.constexpr, A: tl.constexpr
+    w_ptr,
+    s_ptr,
+    lengths_ptr,
+    at,
+    here,
+    depth,
+    curve,
+    height,
+    scale,
+    sigma,
+    eps,
+    FORM: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    A: tl.constexpr,
 ):
-    w = tl.load(w_ptr + at, mask=here, other=0.0).to(A)
-    s = tl.load(s_ptr + at, mask=here, other=0.0).to(A)
-    z = s - depth
-    bell = tl.full([], height, A) * tl.exp(0.5 * (tl.full([], curve, A) * z * z))
-    error = w
-    if URBAN:
-        # a NaN is neither before nor behind
-        bell = tl.where(s < depth - tl.full([], sigma, A), 0.0, bell)
-        error = tl.where(s > depth + tl.full([], sigma, A), 0.0, w - bell)
-    return w, z, bell, error
+    """What a sample adds to the loss, and the derivatives by its w, s and length."""
+    w, s = load(w_ptr + at, here, A), load(s_ptr + at, here, A)
+    behind = depth + tl.full([], sigma, A)
+    if FORM == _URBAN_MASS:
+        half = 0.5 * load(lengths_ptr + at, here, A) if LENGTHS else tl.zeros_like(s)
+        start = s - half
+        begin = (start - depth) * tl.full([], scale, A)
+        end = (s + half - depth) * tl.full([], scale, A)
+        # a NaN is not behind
+        error = tl.where(start > behind, 0.0, w - 0.5 * (tl.erf(end) - tl.erf(begin)))
+        at_begin = tl.full([], height, A) * tl.exp(-begin * begin)
+        at_end = tl.full([], height, A) * tl.exp(-end * end)
+        d_s, d_lengths = -2 * error * (at_end - at_begin), -error * (at_end + at_begin)
+        return error * error, 2 * error, d_s, d_lengths
+    else:
+        length = load(lengths_ptr + at, here, A) if LENGTHS else tl.full([], 1.0, A)
+        z = s - depth
+        bell = tl.full([], height, A) * tl.exp(0.5 * (tl.full([], curve, A) * z * z))
+        if FORM == _DS_NERF:
+            w_eps = w + tl.full([], eps, A)
+            minus_log = -tl.log(w_eps)
+            f, d_w, d_bell = minus_log * bell, -bell / w_eps, minus_log
+        else:
+            # a NaN is neither before nor behind
+            bell = tl.where(s < depth - tl.full([], sigma, A), 0.0, bell)
+            error = tl.where(s > behind, 0.0, w - bell)
+            f, d_w, d_bell = error * error, 2 * error, -2 * error
+        d_s = d_bell * (tl.full([], curve, A) * z * bell)
+        return length * f, length * d_w, length * d_s, f
 
 
-def _constants(form: int, sigma: float, eps: float) -> tuple[float, float, float, float, bool]:
-    """-1 / v, a, sigma and eps, and whether the form is the second one."""
-    if form == 1:
-        return -9 / sigma**2, 3 / (sigma * math.sqrt(2 * math.pi)), sigma, eps, True
-    return -1 / sigma, 1.0, sigma, eps, False
+def _constants(
+    form: int, sigma: float, eps: float
+) -> tuple[float, float, float, float, float, int]:
+    """-1 / v, a, 1 / sqrt(2 v), sigma and eps, and the form."""
+    v, a = (sigma, 1.0) if form == 0 else (sigma**2 / 9, 3 / (sigma * math.sqrt(2 * math.pi)))
+    return -1 / v, a, 1 / math.sqrt(2 * v), sigma, eps, form
 
 
 def fwd(

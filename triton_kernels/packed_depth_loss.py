@@ -2,6 +2,7 @@
 # sum_i l_i f_i + (D - D_pred)^2 with z = s - D and a bell K = a exp(-z^2 / (2 v)). DS-NeRF: f =
 # -log(w + eps) K. Urban Radiance Fields: f = e^2 with e = w - K within sigma of D, w before it and
 # 0 behind. d_w = -l K / (w + eps), or 2 l e; d_s = l log(w + eps) K z / v, or 2 l e K z / v near D.
+# By mass: e = w - m, m the integral of K over the interval s -+ l / 2, 0 where it begins behind.
 # A program owns BLOCK_R rays and takes BLOCK_S samples of each at a time, then the long ones among
 # them by themselves. docs/depth.md.
 from __future__ import annotations
@@ -15,7 +16,6 @@ from .common import (
     add_exactly,
     empty_gradient,
     launch_packed,
-    load,
     packed_rays,
     packed_values,
 )
@@ -36,9 +36,10 @@ def packed_depth_loss_fwd_kernel(
     P,
     curve: tl.float64,
     height: tl.float64,
+    scale: tl.float64,
     sigma: tl.float64,
     eps: tl.float64,
-    URBAN: tl.constexpr,
+    FORM: tl.constexpr,
     LENGTHS: tl.constexpr,
     DEPTH_PRED: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -52,7 +53,7 @@ def packed_depth_loss_fwd_kernel(
     short = n <= BLOCK_LONG
     loss = _losses(
         w_ptr, s_ptr, depth_ptr, lengths_ptr, depth_pred_ptr, r, R, begin, tl.where(short, n, 0),
-        curve, height, sigma, eps, URBAN, LENGTHS, DEPTH_PRED, BLOCK_S, A,
+        curve, height, scale, sigma, eps, FORM, LENGTHS, DEPTH_PRED, BLOCK_S, A,
     )  # fmt: skip
     tl.store(loss_ptr + r, loss, mask=(r < R) & short)
     if tl.max(n, 0) > BLOCK_LONG:
@@ -62,7 +63,7 @@ def packed_depth_loss_fwd_kernel(
             n_one = tl.where(n_one > BLOCK_LONG, n_one, 0)
             loss_one = _losses(
                 w_ptr, s_ptr, depth_ptr, lengths_ptr, depth_pred_ptr, one, R, begin_one, n_one,
-                curve, height, sigma, eps, URBAN, LENGTHS, DEPTH_PRED, BLOCK_LONG, A,
+                curve, height, scale, sigma, eps, FORM, LENGTHS, DEPTH_PRED, BLOCK_LONG, A,
             )  # fmt: skip
             tl.store(loss_ptr + one, loss_one, mask=(one < R) & (n_one > 0))
 
@@ -80,9 +81,10 @@ def _losses(
     n,
     curve,
     height,
+    scale,
     sigma,
     eps,
-    URBAN: tl.constexpr,
+    FORM: tl.constexpr,
     LENGTHS: tl.constexpr,
     DEPTH_PRED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -95,13 +97,11 @@ def _losses(
     for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
         i = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
         here, at = i < n[:, None], begin[:, None] + i
-        w, _, bell, error = sample(
-            w_ptr, s_ptr, at, here, depth[:, None], curve, height, sigma, URBAN, A
-        )
-        f = error * error if URBAN else -tl.log(w + tl.full([], eps, A)) * bell
-        if LENGTHS:
-            f *= load(lengths_ptr + at, here, A)
-        loss, lost = add_exactly(loss, lost, tl.sum(tl.where(here, f, 0.0), 1))
+        term, _, _, _ = sample(
+            w_ptr, s_ptr, lengths_ptr, at, here, depth[:, None],
+            curve, height, scale, sigma, eps, FORM, LENGTHS, A,
+        )  # fmt: skip
+        loss, lost = add_exactly(loss, lost, tl.sum(tl.where(here, term, 0.0), 1))
     if DEPTH_PRED:
         off = depth - packed_values(depth_pred_ptr, r, R).to(A)
         loss += tl.where(valid, off * off, 0.0)
@@ -125,9 +125,10 @@ def packed_depth_loss_bwd_kernel(
     P,
     curve: tl.float64,
     height: tl.float64,
+    scale: tl.float64,
     sigma: tl.float64,
     eps: tl.float64,
-    URBAN: tl.constexpr,
+    FORM: tl.constexpr,
     LENGTHS: tl.constexpr,
     NEEDS_D_W: tl.constexpr,
     NEEDS_D_S: tl.constexpr,
@@ -149,7 +150,7 @@ def packed_depth_loss_bwd_kernel(
         tl.store(d_depth_pred_ptr + r, d_off, mask=(r >= 0) & (r < R))
     _gradients(
         d_w_ptr, d_s_ptr, d_lengths_ptr, d_loss_ptr, w_ptr, s_ptr, depth_ptr, lengths_ptr, r, R,
-        begin, tl.where(n <= BLOCK_LONG, n, 0), curve, height, sigma, eps, URBAN, LENGTHS,
+        begin, tl.where(n <= BLOCK_LONG, n, 0), curve, height, scale, sigma, eps, FORM, LENGTHS,
         NEEDS_D_W, NEEDS_D_S, NEEDS_D_LENGTHS, BLOCK_S,
     )  # fmt: skip
     if tl.max(n, 0) > BLOCK_LONG:
@@ -158,8 +159,8 @@ def packed_depth_loss_bwd_kernel(
             begin_one, n_one = packed_rays(offsets_ptr, one, R, P)
             _gradients(
                 d_w_ptr, d_s_ptr, d_lengths_ptr, d_loss_ptr, w_ptr, s_ptr, depth_ptr, lengths_ptr,
-                one, R, begin_one, tl.where(n_one > BLOCK_LONG, n_one, 0), curve, height, sigma,
-                eps, URBAN, LENGTHS, NEEDS_D_W, NEEDS_D_S, NEEDS_D_LENGTHS, BLOCK_LONG,
+                one, R, begin_one, tl.where(n_one > BLOCK_LONG, n_one, 0), curve, height, scale,
+                sigma, eps, FORM, LENGTHS, NEEDS_D_W, NEEDS_D_S, NEEDS_D_LENGTHS, BLOCK_LONG,
             )  # fmt: skip
 
 
@@ -179,9 +180,10 @@ def _gradients(
     n,
     curve,
     height,
+    scale,
     sigma,
     eps,
-    URBAN: tl.constexpr,
+    FORM: tl.constexpr,
     LENGTHS: tl.constexpr,
     NEEDS_D_W: tl.constexpr,
     NEEDS_D_S: tl.constexpr,
@@ -195,23 +197,17 @@ def _gradients(
         i = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
         exists, at = i < n[:, None], begin[:, None] + i
         here = exists & valid[:, None]
-        w, z, bell, error = sample(
-            w_ptr, s_ptr, at, here, depth[:, None], curve, height, sigma, URBAN, A
-        )
-        w_eps = w + tl.full([], eps, A)
-        scale = d_loss[:, None]
+        _, d_w, d_s, d_lengths = sample(
+            w_ptr, s_ptr, lengths_ptr, at, here, depth[:, None],
+            curve, height, scale, sigma, eps, FORM, LENGTHS, A,
+        )  # fmt: skip
+        g = d_loss[:, None]
         if NEEDS_D_LENGTHS:
-            f = error * error if URBAN else -tl.log(w_eps) * bell
-            tl.store(d_lengths_ptr + at, tl.where(here, scale * f, 0.0), mask=exists)
-        if LENGTHS:
-            scale *= load(lengths_ptr + at, here, A)
+            tl.store(d_lengths_ptr + at, tl.where(here, g * d_lengths, 0.0), mask=exists)
         if NEEDS_D_W:
-            d_w = 2 * error if URBAN else -bell / w_eps
-            tl.store(d_w_ptr + at, tl.where(here, scale * d_w, 0.0), mask=exists)
+            tl.store(d_w_ptr + at, tl.where(here, g * d_w, 0.0), mask=exists)
         if NEEDS_D_S:
-            d_bell = tl.full([], curve, A) * z * bell
-            d_s = -2 * error * d_bell if URBAN else -tl.log(w_eps) * d_bell
-            tl.store(d_s_ptr + at, tl.where(here, scale * d_s, 0.0), mask=exists)
+            tl.store(d_s_ptr + at, tl.where(here, g * d_s, 0.0), mask=exists)
 
 
 @triton.jit

@@ -78,6 +78,7 @@ struct Samples {
   vec<A> w_here, z, length, bell, error;
 };
 
+// e = w - m with m the mass of the bell in the interval.
 template <class T>
 struct Samples<DepthForm::urban_mass, T> {
   using A = accumulator<T>;

@@ -3,6 +3,7 @@
 // Radiance Fields: v = (sigma / 3)^2, a = 1 / sqrt(2 pi v), f = e^2 with e = w - K within sigma of
 // D, w before it and 0 behind. One thread owns a ray and goes over it once, forward and backward:
 // d_w = -l K / (w + eps), or 2 l e; d_s = l log(w + eps) K z / v, or 2 l e K z / v near D.
+// By mass: e = w - m, m the integral of K over the interval s -+ l / 2; no l (depth.h).
 // A ray without a depth is not read. Deng et al. (2022), Rematas et al. (2022); docs/depth.md.
 #include "depth.h"
 #include "packed.h"

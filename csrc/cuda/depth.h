@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../math/depth_loss.h"
 #include "rays.h"
 
 namespace rayfuse {
@@ -12,12 +13,15 @@ template <class A>
 struct Constants {
   A sigma, eps;
   A curve, height;  // -1 / v and a
+  A scale;          // 1 / sqrt(2 v)
 
-  Constants(bool urban, double sigma, double eps)
-      : sigma(static_cast<A>(sigma)),
-        eps(static_cast<A>(eps)),
-        curve(static_cast<A>(-1 / (urban ? sigma * sigma / 9 : sigma))),
-        height(static_cast<A>(urban ? 3 / (sigma * std::sqrt(2 * std::acos(-1.0))) : 1)) {}
+  Constants(int64_t form, double sigma, double eps)
+      : sigma(static_cast<A>(sigma)), eps(static_cast<A>(eps)) {
+    const bool normal = DepthForm{form} != DepthForm::ds_nerf;
+    curve = static_cast<A>(-1 / (normal ? sigma * sigma / 9 : sigma));
+    height = static_cast<A>(normal ? 3 / (sigma * std::sqrt(2 * std::acos(-1.0))) : 1);
+    scale = static_cast<A>(3 / (sigma * std::sqrt(2.0)));
+  }
 };
 
 template <class A>
@@ -25,14 +29,16 @@ __device__ bool is_valid(A depth) {
   return depth > 0 && std::isfinite(depth);
 }
 
-// f of one sample and its derivatives.
-template <bool urban, class A>
+// What one sample adds to the loss, and its derivatives.
+template <DepthForm form, class A>
 struct Sample {
-  A w, z, curve, eps, bell, error = 0;
+  static constexpr bool urban = form == DepthForm::urban;
+  A w, z, length, curve, eps, bell, error = 0;
 
-  __device__ Sample(A w, A s, A depth, const Constants<A>& c)
+  __device__ Sample(A w, A s, A length, A depth, const Constants<A>& c)
       : w(w),
         z(s - depth),
+        length(length),
         curve(c.curve),
         eps(c.eps),
         bell(c.height * std::exp(A(0.5) * c.curve * z * z)) {
@@ -44,8 +50,36 @@ struct Sample {
   }
   __device__ A minus_log() const { return -std::log(w + eps); }
   __device__ A f() const { return urban ? error * error : minus_log() * bell; }
-  __device__ A d_w() const { return urban ? 2 * error : -bell / (w + eps); }
-  __device__ A d_s() const { return (urban ? -2 * error : minus_log()) * (curve * z * bell); }
+  __device__ A loss() const { return length * f(); }
+  __device__ A d_w() const { return length * (urban ? 2 * error : -bell / (w + eps)); }
+  __device__ A d_s() const {
+    return length * ((urban ? -2 * error : minus_log()) * (curve * z * bell));
+  }
+  __device__ A d_lengths() const { return f(); }
 };
+
+// e = w - m with m the mass of the bell in the interval.
+template <class A>
+struct Sample<DepthForm::urban_mass, A> {
+  A height, begin, end, error;  // the interval from the depth on, by the scale
+
+  __device__ Sample(A w, A s, A length, A depth, const Constants<A>& c) : height(c.height) {
+    const A start = s - length / 2;
+    begin = (start - depth) * c.scale;
+    end = (s + length / 2 - depth) * c.scale;
+    const A mass = (std::erf(end) - std::erf(begin)) / 2;
+    // a NaN is not behind
+    error = start > depth + c.sigma ? A(0) : w - mass;
+  }
+  __device__ A density(A edge) const { return height * std::exp(-edge * edge); }
+  __device__ A loss() const { return error * error; }
+  __device__ A d_w() const { return 2 * error; }
+  __device__ A d_s() const { return -2 * error * (density(end) - density(begin)); }
+  __device__ A d_lengths() const { return -error * (density(end) + density(begin)); }
+};
+
+// The length of a sample where none are given.
+template <DepthForm form>
+constexpr int kNoLength = form == DepthForm::urban_mass ? 0 : 1;
 
 }  // namespace rayfuse

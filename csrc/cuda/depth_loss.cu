@@ -3,6 +3,7 @@
 // v = (sigma / 3)^2, a = 1 / sqrt(2 pi v), f = e^2 with e = w - K within sigma of D, w before it
 // and 0 behind. A warp owns a ray, a block a long one; one pass over memory each way:
 // d_w = -l K / (w + eps), or 2 l e; d_s = l log(w + eps) K z / v, or 2 l e K z / v near D.
+// By mass: e = w - m, m the integral of K over the interval s -+ l / 2; no l (depth.h).
 // Deng et al. (2022), Rematas et al. (2022); docs/depth.md.
 #include "depth.h"
 #include "samples.h"
@@ -10,7 +11,7 @@
 namespace rayfuse {
 namespace {
 
-template <bool urban, int kThreads, class T>
+template <DepthForm form, int kThreads, class T>
 __global__ void __launch_bounds__(kBlock, 1)
     depth_loss_fwd_kernel(int64_t R, int64_t S, int rays_per_block, int tile,
                           Constants<accumulator<T>> constants,
@@ -38,8 +39,8 @@ __global__ void __launch_bounds__(kBlock, 1)
     __syncthreads();
     const A D = depths[team.index];
     for (int k = team.rank; is_valid(D) && k < piece.count_for(team.index); k += kThreads) {
-      const A f = Sample<urban, A>(w_here[k], s_here[k], D, constants).f();
-      sum += lengths ? lengths_here[k] * f : f;
+      const A length = lengths ? lengths_here[k] : A(kNoLength<form>);
+      sum += Sample<form, A>(w_here[k], s_here[k], length, D, constants).loss();
     }
     __syncthreads();
   }
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   }
 }
 
-template <bool urban, int kThreads, class T>
+template <DepthForm form, int kThreads, class T>
 __global__ void __launch_bounds__(kBlock, 1)
     depth_loss_bwd_kernel(int64_t R, int64_t S, int rays_per_block, int tile,
                           Constants<accumulator<T>> constants,
@@ -94,11 +95,11 @@ __global__ void __launch_bounds__(kBlock, 1)
     for (int k = team.rank; k < piece.count_for(team.index); k += kThreads) {
       const A D = depths[team.index], g = scales[team.index];
       const bool valid = is_valid(D);
-      const Sample<urban, A> here(w_here[k], s_here[k], D, constants);
-      const A scale = lengths ? g * lengths_here[k] : g;
-      if (d_w) d_w_here[own + k] = valid ? scale * here.d_w() : A(0);
-      if (d_s) d_s_here[own + k] = valid ? scale * here.d_s() : A(0);
-      if (d_lengths) d_lengths_here[own + k] = valid ? g * here.f() : A(0);
+      const A length = lengths ? lengths_here[k] : A(kNoLength<form>);
+      const Sample<form, A> here(w_here[k], s_here[k], length, D, constants);
+      if (d_w) d_w_here[own + k] = valid ? g * here.d_w() : A(0);
+      if (d_s) d_s_here[own + k] = valid ? g * here.d_s() : A(0);
+      if (d_lengths) d_lengths_here[own + k] = valid ? g * here.d_lengths() : A(0);
     }
     __syncthreads();
     if (d_w) piece.store(d_w, d_w_here, 1);
@@ -116,21 +117,16 @@ __global__ void __launch_bounds__(kBlock, 1)
 namespace rayfuse {
 namespace {
 
-// Calls f with a flag for the form that templates can take, and how many threads a team has.
+// Calls f with constants that templates can take: the form, and how many threads a team has.
 template <class F>
-void choose(bool urban, bool warps, const F& f) {
-  const auto with_threads = [&](auto urban_) {
+void choose(int64_t form, bool warps, const F& f) {
+  as_form(form, [&](auto form_) {
     if (warps) {
-      f(urban_, std::integral_constant<int, kWarp>());
+      f(form_, std::integral_constant<int, kWarp>());
     } else {
-      f(urban_, std::integral_constant<int, kBlock>());
+      f(form_, std::integral_constant<int, kBlock>());
     }
-  };
-  if (urban) {
-    with_threads(std::true_type());
-  } else {
-    with_threads(std::false_type());
-  }
+  });
 }
 
 Tensor fwd(const Tensor& w, const Tensor& s, const Tensor& depth,
@@ -144,9 +140,9 @@ Tensor fwd(const Tensor& w, const Tensor& s, const Tensor& depth,
     using T = decltype(type);
     using A = accumulator<T>;
     const SamplePlan<T> plan(R, S, 3, 3, device.stream());
-    const Constants<A> constants(form == 1, sigma, eps);
-    choose(form == 1, plan.warps, [&](auto urban, auto threads) {
-      launch(plan.grid, depth_loss_fwd_kernel<urban(), threads(), T>, R, S, plan.rays_per_block,
+    const Constants<A> constants(form, sigma, eps);
+    choose(form, plan.warps, [&](auto form_, auto threads) {
+      launch(plan.grid, depth_loss_fwd_kernel<form_(), threads(), T>, R, S, plan.rays_per_block,
              plan.tile, constants, data<T>(w), data<T>(s), data<T>(depth), data<T>(lengths),
              data<T>(depth_pred), mutable_data<A>(loss));
     });
@@ -169,9 +165,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tenso
     using T = decltype(type);
     using A = accumulator<T>;
     const SamplePlan<T> plan(R, S, 6, 6, device.stream());
-    const Constants<A> constants(form == 1, sigma, eps);
-    choose(form == 1, plan.warps, [&](auto urban, auto threads) {
-      launch(plan.grid, depth_loss_bwd_kernel<urban(), threads(), T>, R, S, plan.rays_per_block,
+    const Constants<A> constants(form, sigma, eps);
+    choose(form, plan.warps, [&](auto form_, auto threads) {
+      launch(plan.grid, depth_loss_bwd_kernel<form_(), threads(), T>, R, S, plan.rays_per_block,
              plan.tile, constants, data<A>(d_loss), data<T>(w), data<T>(s), data<T>(depth),
              data<T>(lengths), data<T>(depth_pred), mutable_data<T>(d_w), mutable_data<T>(d_s),
              mutable_data<T>(d_lengths), mutable_data<T>(d_depth_pred));

@@ -3,6 +3,7 @@
 // Radiance Fields: v = (sigma / 3)^2, a = 1 / sqrt(2 pi v), f = e^2 with e = w - K within sigma of
 // D, w before it and 0 behind. A warp owns a ray, a block a long one; one pass over memory each
 // way: d_w = -l K / (w + eps), or 2 l e; d_s = l log(w + eps) K z / v, or 2 l e K z / v near D.
+// By mass: e = w - m, m the integral of K over the interval s -+ l / 2; no l (depth.h).
 // Deng et al. (2022), Rematas et al. (2022); docs/depth.md.
 #include "depth.h"
 #include "launch.h"
@@ -19,7 +20,7 @@ __device__ void for_each_sample(const Team<kThreads>& team, const PackedRay& ray
   }
 }
 
-template <bool urban, class T>
+template <DepthForm form, class T>
 __global__ void __launch_bounds__(kBlock, 1)
     packed_depth_loss_fwd_kernel(int64_t R, int64_t P, Constants<accumulator<T>> constants,
                                  const T* __restrict__ w,              // [P]
@@ -38,8 +39,9 @@ __global__ void __launch_bounds__(kBlock, 1)
         A sum = 0, lost = 0;
         if (valid) {
           for_each_sample(team, ray, [&](int64_t k) {
-            const A f = Sample<urban, A>(widen(w[k]), widen(s[k]), D, constants).f();
-            const A term = (lengths ? widen(lengths[k]) * f : f) - lost, next = sum + term;
+            const A length = lengths ? widen(lengths[k]) : A(kNoLength<form>);
+            const Sample<form, A> here(widen(w[k]), widen(s[k]), length, D, constants);
+            const A term = here.loss() - lost, next = sum + term;
             lost = (next - sum) - term;
             sum = next;
           });
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       });
 }
 
-template <bool urban, class T>
+template <DepthForm form, class T>
 __global__ void __launch_bounds__(kBlock, 1)
     packed_depth_loss_bwd_kernel(int64_t R, int64_t P, Constants<accumulator<T>> constants,
                                  const accumulator<T>* __restrict__ d_loss,  // [R]
@@ -73,21 +75,21 @@ __global__ void __launch_bounds__(kBlock, 1)
     if (d_lengths) d_lengths[k] = narrow<T>(d_length);
   };
   for_each_stray_sample(offsets, R, P, [&](int64_t k) { store(k, 0, 0, 0); });
-  for_each_packed_ray(offsets, R, P,
-                      [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
-                        const A D = widen(depth[ray.index]), g = d_loss[ray.index];
-                        const bool valid = is_valid(D);
-                        if (d_depth_pred && team.rank == 0) {
-                          const A off = valid ? widen(depth_pred[ray.index]) - D : A(0);
-                          d_depth_pred[ray.index] = narrow<T>(2 * g * off);
-                        }
-                        for_each_sample(team, ray, [&](int64_t k) {
-                          if (!valid) return store(k, 0, 0, 0);
-                          const Sample<urban, A> here(widen(w[k]), widen(s[k]), D, constants);
-                          const A scale = lengths ? g * widen(lengths[k]) : g;
-                          store(k, scale * here.d_w(), scale * here.d_s(), g * here.f());
-                        });
-                      });
+  for_each_packed_ray(
+      offsets, R, P, [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
+        const A D = widen(depth[ray.index]), g = d_loss[ray.index];
+        const bool valid = is_valid(D);
+        if (d_depth_pred && team.rank == 0) {
+          const A off = valid ? widen(depth_pred[ray.index]) - D : A(0);
+          d_depth_pred[ray.index] = narrow<T>(2 * g * off);
+        }
+        for_each_sample(team, ray, [&](int64_t k) {
+          if (!valid) return store(k, 0, 0, 0);
+          const A length = lengths ? widen(lengths[k]) : A(kNoLength<form>);
+          const Sample<form, A> here(widen(w[k]), widen(s[k]), length, D, constants);
+          store(k, g * here.d_w(), g * here.d_s(), g * here.d_lengths());
+        });
+      });
 }
 
 }  // namespace
@@ -98,16 +100,6 @@ __global__ void __launch_bounds__(kBlock, 1)
 namespace rayfuse {
 namespace {
 
-// Calls f with a flag for the form that templates can take.
-template <class F>
-void choose(bool urban, const F& f) {
-  if (urban) {
-    f(std::true_type());
-  } else {
-    f(std::false_type());
-  }
-}
-
 Tensor fwd(const Tensor& w, const Tensor& s, const Tensor& depth, const Tensor& offsets,
            const std::optional<Tensor>& lengths, const std::optional<Tensor>& depth_pred,
            int64_t form, double sigma, double eps) {
@@ -117,9 +109,9 @@ Tensor fwd(const Tensor& w, const Tensor& s, const Tensor& depth, const Tensor& 
   dispatch(w, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    choose(form == 1, [&](auto urban) {
+    as_form(form, [&](auto form_) {
       launch({packed_blocks(R), kBlock, 0, device.stream()},
-             packed_depth_loss_fwd_kernel<urban(), T>, R, P, Constants<A>(form == 1, sigma, eps),
+             packed_depth_loss_fwd_kernel<form_(), T>, R, P, Constants<A>(form, sigma, eps),
              data<T>(w), data<T>(s), data<T>(depth), data<int64_t>(offsets), data<T>(lengths),
              data<T>(depth_pred), mutable_data<A>(loss));
     });
@@ -142,10 +134,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tenso
   dispatch(w, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    choose(form == 1, [&](auto urban) {
+    as_form(form, [&](auto form_) {
       // one block at least, for samples of no ray
       launch({std::max<int64_t>(packed_blocks(R), 1), kBlock, 0, device.stream()},
-             packed_depth_loss_bwd_kernel<urban(), T>, R, P, Constants<A>(form == 1, sigma, eps),
+             packed_depth_loss_bwd_kernel<form_(), T>, R, P, Constants<A>(form, sigma, eps),
              data<A>(d_loss), data<T>(w), data<T>(s), data<T>(depth), data<int64_t>(offsets),
              data<T>(lengths), data<T>(depth_pred), mutable_data<T>(d_w), mutable_data<T>(d_s),
              mutable_data<T>(d_lengths), mutable_data<T>(d_depth_pred));
