@@ -484,6 +484,31 @@ class TestObjective:
         assert torch.allclose(packed, ours)
         assert torch.allclose(torch.autograd.grad(packed, w)[0], grad)
 
+    @pytest.mark.parametrize("dtype, rtol", [(torch.double, 1e-11), (torch.float, 2e-4)], ids=str)
+    def test_depth_loss_is_the_plain_formula(self, dtype, rtol):
+        """At the width of the band that training has, in 24 intervals a ray."""
+        sigma, rays = ObjectiveConfig().depth_sigma, 50
+        t = (0.5 + torch.rand(rays, 25, dtype=dtype)).cumsum(-1)
+        w = torch.rand(rays, 24, dtype=dtype, requires_grad=True)
+        pred = (10 * torch.rand(rays, dtype=dtype)).requires_grad_()
+        depth = t[:, -1] * (0.1 + torch.rand(rays, dtype=dtype))
+        depth[::5] = torch.nan
+        known = depth.isfinite()
+        target = torch.where(known, depth, 1)
+        begin, end = t[:, :-1] / target[:, None], t[:, 1:] / target[:, None]
+        below = [torch.special.ndtr((x - 1) * 3 / sigma) for x in (begin, end)]
+        sight = torch.where(begin <= 1 + sigma, (w - (below[1] - below[0])) ** 2, 0).sum(-1)
+        each = sight + (pred / target - 1) ** 2
+        plain = torch.where(known, each, 0).sum() / known.sum()
+        want = torch.autograd.grad(plain, (w, pred))
+        rgb = torch.rand(rays, 24, 3, dtype=dtype)
+        dense = DenseSamples(density=w, rgb=rgb, u=rgb, s=t, t=t, proposals=[])
+        for samples, weights in ((dense, w), (self.packed(dense), w.flatten())):
+            ours = self.depth_loss(samples, weights, depth, pred, sigma)
+            torch.testing.assert_close(ours, plain, rtol=rtol, atol=0)
+            got = torch.autograd.grad(ours, (w, pred))
+            torch.testing.assert_close(got, want, rtol=rtol, atol=rtol / rays)
+
     def test_depth_unknown_everywhere_costs_exactly_nothing(self):
         w = self.w.requires_grad_()
         ours = self.depth_loss(self.samples(), w, torch.full((6,), torch.nan), w.sum(1), 0.1)

@@ -95,8 +95,8 @@ class Samples(ABC):
         """[R, C] the sum along each ray of features f[..., C] by weights w."""
 
     @abstractmethod
-    def total(self, x: Tensor) -> Tensor:
-        """[R] the sum along each ray."""
+    def depth_loss(self, w: Tensor, s: Tensor, depth: Tensor, **named: Any) -> Tensor:
+        """That of weights w at positions s, and of the depth [R] of each ray."""
 
     @abstractmethod
     def spread(self, x: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ class DenseSamples(Samples):
     def composite(self, w: Tensor, f: Tensor) -> Tensor:
         return rayfuse.render_features(w, f)
 
-    def total(self, x: Tensor) -> Tensor:
-        return x.sum(dim=-1)
+    def depth_loss(self, w: Tensor, s: Tensor, depth: Tensor, **named: Any) -> Tensor:
+        return rayfuse.depth_loss(w, s, depth, **named)
 
     def spread(self, x: Tensor) -> Tensor:
         return x[:, None]
@@ -165,8 +165,8 @@ class PackedSamples(Samples):
     def composite(self, w: Tensor, f: Tensor) -> Tensor:
         return rayfuse.packed_render_features(w, f, self.offsets)
 
-    def total(self, x: Tensor) -> Tensor:
-        return rayfuse.accumulate_along_rays(x, offsets=self.offsets)[:, 0]
+    def depth_loss(self, w: Tensor, s: Tensor, depth: Tensor, **named: Any) -> Tensor:
+        return rayfuse.packed_depth_loss(w, s, depth, self.offsets, **named)
 
     def spread(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.ray)

@@ -5,7 +5,6 @@ Names and defaults of the configuration are F3RM's and nerfstudio's.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,22 +78,24 @@ def adaptive_feature_weight(
 
 
 def depth_loss(samples: Samples, rendered: FieldLosses, depth: Tensor, sigma: float) -> Tensor:
-    """Urban Radiance Fields' depth term, mean over the rays whose depth[R] is known. Plain PyTorch.
+    """Urban Radiance Fields' depth term by mass, mean over the rays whose depth[R] is known.
 
-    (D̂ - D)² + Σ (w - m)² over the intervals that begin before D + σ, with distances as shares of D
-    and σ = `sigma`. m is the mass of N(D, σ/3) in an interval, so empty space before D costs w²,
-    and an interval wider than the band that holds D is asked for all the weight.
-    `rayfuse.depth_loss` takes the density at the middle of an interval instead, and so misses a
-    band that lies between two of the few middles here.
+    Distances are shares of the depth, and so is `sigma`. Of the few and wide intervals here most
+    middles are outside the band around a depth: what `form="urban"` would look at.
     """
     known = depth.isfinite() & (depth > 0)
     target = torch.where(known, depth, 1.0)
     begin, end = (t / samples.spread(target) for t in samples.intervals())
-    scale = 3.0 / (sigma * math.sqrt(2.0))
-    mass = 0.5 * (torch.erf((end - 1.0) * scale) - torch.erf((begin - 1.0) * scale))
-    sight = torch.where(begin <= 1.0 + sigma, (rendered.weights - mass) ** 2, 0.0)
-    loss = samples.total(sight) + (rendered.depth / target - 1.0) ** 2
-    return torch.where(known, loss, 0.0).sum() / known.sum().clamp_min(1)
+    return samples.depth_loss(
+        rendered.weights,
+        (begin + end) / 2,
+        known.to(begin.dtype),
+        lengths=end - begin,
+        depth_pred=rendered.depth / target,
+        form="urban_mass",
+        sigma=sigma,
+        denominator=known.sum().clamp_min(1),
+    )
 
 
 class Objective:
