@@ -96,7 +96,7 @@ class TestDepthLoss(Contract):
     ):
         """Before it for none, half a band for half; behind any weight is free."""
         depth, sigma = torch.tensor([4.0], dtype=dtype, device=device), 0.25
-        # far before, around, around and wider, up to the middle, from the end of the band on, behind
+        # far before, around, around and wider, up to the middle, from the band's end on, behind
         s = [1.0, 4.0, 3.75, 3.5, 4.5, 4.75]
         lengths = [1.0, 1.0, 2.0, 1.0, 0.5, 0.5]
         mass = [0.0, 1.0, 1.0, 0.5, math.erfc(3 / math.sqrt(2)) / 2, None]
