@@ -123,10 +123,11 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def _in_order(rows: Iterable[Row]) -> list[Row]:
-    """Tables together, in the order in which they were first seen."""
+    """Those of an op together, and those of a table, in the order in which they were first seen."""
     rows = [*rows]
+    ops = [*dict.fromkeys(row.op for row in rows)]
     tables = [*dict.fromkeys((row.op, row.table) for row in rows)]
-    return sorted(rows, key=lambda row: tables.index((row.op, row.table)))
+    return sorted(rows, key=lambda row: (ops.index(row.op), tables.index((row.op, row.table))))
 
 
 @functools.cache
