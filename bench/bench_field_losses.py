@@ -138,10 +138,21 @@ class BenchFieldLosses(harness.Bench):
         return total
 
     def bytes_moved(self, workload: Workload, wants: Sequence[str]) -> int:
-        """With all weights and sums on chip."""
+        """With all weights and sums on chip. What forwards keep, as much as all w_env, a target and
+        three times the weights, stands in the backward for features and envelopes."""
         inputs = {name: x.nbytes for name, x in self.inputs(workload).items()}
         read = sum(inputs.values())
-        return 2 * read + sum(inputs[name] for name in wants) if wants else read
+        if not wants:
+            return read
+        w_env = [name for name in inputs if name.startswith("w_env")]
+        kept = sum(inputs[name] for name in (*w_env, "features_target"))
+        kept += (1 + len(w_env)) * inputs["sigma"]
+        not_again = sum(
+            size
+            for name, size in inputs.items()
+            if "features" in name or "_env" in name or name == "rgb_target"
+        )
+        return 2 * read - not_again + 2 * kept + sum(inputs[name] for name in wants)
 
     def truth(
         self,
