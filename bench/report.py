@@ -19,6 +19,7 @@ import cpuinfo
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator
 
 import peers
 from rayfuse import backend
@@ -260,6 +261,10 @@ class Table:
                 axes.scatter(*zip(*there, strict=True), label=name, **_mark(name))
         axes.set(xscale="log", xlabel="ms", yticks=height, yticklabels=self.columns)
         axes.set_ylim(-0.6, len(self.columns) - 0.4)
+        # as numbers, and few: powers of ten run into each other where all lie in one decade
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(axis="x")
         axes.set_title(self.title, loc="left")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
