@@ -6,19 +6,13 @@
 
 #include "../math/depth_loss.h"
 #include "explog.h"
-#include "rays.h"
+#include "packed.h"
 
 namespace rayfuse {
 
 template <class A>
 bool is_valid(A depth) {
   return depth > 0 && depth <= std::numeric_limits<A>::max();
-}
-
-// The first n of T in registers, of those that are kLanes or more all.
-template <class A, class T>
-vec<A> load_some(const T* p, int64_t n) {
-  return n < kLanes<A> ? load(p, n) : load(p);
 }
 
 // The first n lanes are 1, the others 0.
@@ -45,9 +39,9 @@ struct Samples {
 
   // n of which exist
   void load_at(const T* w, const T* s, const T* lengths, A depth, int64_t n) {
-    w_here = load_some<A>(w, n);
-    length = lengths ? load_some<A>(lengths, n) : ones<A>(n);
-    const vec<A> s_here = load_some<A>(s, n);
+    w_here = rayfuse::load_at(w, 0, n);
+    length = lengths ? rayfuse::load_at(lengths, 0, n) : ones<A>(n);
+    const vec<A> s_here = rayfuse::load_at(s, 0, n);
     z = s_here - depth;
     bell = height * exp_of_nonpositive<A>(A(0.5) * curve * z * z);
     if constexpr (urban) {
@@ -90,14 +84,14 @@ struct Samples<DepthForm::urban_mass, T> {
 
   // n of which exist; the others are points, without a weight
   void load_at(const T* w, const T* s, const T* lengths, A depth, int64_t n) {
-    const vec<A> s_here = load_some<A>(s, n);
-    const vec<A> half = lengths ? A(0.5) * load_some<A>(lengths, n) : vec<A>{};
+    const vec<A> s_here = rayfuse::load_at(s, 0, n);
+    const vec<A> half = lengths ? A(0.5) * rayfuse::load_at(lengths, 0, n) : vec<A>{};
     const vec<A> start = s_here - half;
     begin = (start - depth) * scale;
     end = (s_here + half - depth) * scale;
     const vec<A> mass = A(0.5) * (erf_of<A>(end) - erf_of<A>(begin));
     // a NaN is not behind
-    error = start > depth + sigma ? vec<A>{} : load_some<A>(w, n) - mass;
+    error = start > depth + sigma ? vec<A>{} : rayfuse::load_at(w, 0, n) - mass;
   }
   // by its height, as two products of one factor would differ where one is fused into a sum
   static vec<A> bell(vec<A> edge) { return exp_of_nonpositive<A>(-edge * edge); }

@@ -3,21 +3,10 @@
 
 #include "envelope.h"
 #include "packed.h"
+#include "uncovered.h"
 
 namespace rayfuse {
 namespace {
-
-// What of samples is not covered, and its ratio to their weight; exactly 0 where all is.
-template <class A>
-struct Uncovered {
-  vec<A> r, u;
-
-  Uncovered(vec<A> w, vec<A> w_outer, A eps) {
-    const vec<A> zero = {}, rest = w - w_outer;
-    r = rest <= zero ? zero : rest;
-    u = rest <= zero ? zero : rest / (w + eps);
-  }
-};
 
 // The loss of a ray of n samples, and its gradients to their weights and bounds; the latter are 0
 // in a last register where there is no sample.
@@ -32,7 +21,8 @@ accumulator<T> loss_and_slopes(int64_t n, accumulator<T> eps,
   const A mean = A(1) / std::max<int64_t>(n, 1);
   Sums sums = {};
   for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const Uncovered<A> here(load_at(w, i, n), load_at(w_outer, i, n), eps);
+    const vec<A> w_here = load_at(w, i, n);
+    const Uncovered<A> here(w_here, load_at(w_outer, i, n), w_here, eps);
     sums += __builtin_convertvector(here.r * here.u, Sums);
     store_at(slope, i, n, mean * (here.u * (2 - here.u)));
     store(slope_outer + i, -2 * mean * here.u);

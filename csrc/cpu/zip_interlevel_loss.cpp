@@ -5,6 +5,7 @@
 // and fills those between, in double. Backward: the same pass, d_w_env_k = -u_k (2 + u_k) d_loss /
 // E. Source: Zip-NeRF, section 4; derivation: docs/interlevel.md.
 #include "envelope.h"
+#include "uncovered.h"
 
 namespace rayfuse {
 namespace {
@@ -108,18 +109,6 @@ class Blur {
   std::vector<A> w_blur_;
 };
 
-// What a bin lacks, and its ratio to the bin's weight; exactly 0 where it has enough.
-template <class A>
-struct Lacking {
-  vec<A> r, u;
-
-  Lacking(vec<A> w_blur, vec<A> w_env, A eps) {
-    const vec<A> zero = {}, rest = w_blur - w_env;
-    r = rest <= zero ? zero : rest;
-    u = rest <= zero ? zero : rest / (w_env + eps);
-  }
-};
-
 // Rays begin..end.
 template <class T>
 RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, int64_t E, double pulse_width,
@@ -137,7 +126,8 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, int64_t E, dou
     Sums sums = {};
     for (int64_t k = 0; k < E; k += kLanes<A>) {
       const int64_t n = std::min<int64_t>(kLanes<A>, E - k);
-      const Lacking<A> here(load(w_blur + k, n), load(w_env + r * E + k, n), eps);
+      const vec<A> w_here = load(w_env + r * E + k, n);
+      const Uncovered<A> here(load(w_blur + k, n), w_here, w_here, eps);
       sums += __builtin_convertvector(here.r * here.u, Sums);
     }
     double total = 0;
@@ -163,7 +153,8 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S, int64_t E, 
     const A scale = -d_loss[r] / std::max<int64_t>(E, 1);
     for (int64_t k = 0; k < E; k += kLanes<A>) {
       const int64_t n = std::min<int64_t>(kLanes<A>, E - k);
-      const Lacking<A> here(load(w_blur + k, n), load(w_env + r * E + k, n), eps);
+      const vec<A> w_here = load(w_env + r * E + k, n);
+      const Uncovered<A> here(load(w_blur + k, n), w_here, w_here, eps);
       store(d_w_env + r * E + k, scale * (here.u * (2 + here.u)), n);
     }
   }
