@@ -324,3 +324,12 @@ def test_whole_objective_is_one_graph():
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         rayfuse.field_losses(**{**inputs(torch.float32), **change})
+
+
+def test_colours_wanted_of_another_type_are_named():
+    named = inputs()
+    named["rgb_target"] = named["rgb_target"].float()
+    with pytest.raises(
+        TypeError, match="rgb_target must be float64 on cpu like sigma, got float32"
+    ):
+        rayfuse.field_losses(**named)

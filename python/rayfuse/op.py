@@ -574,7 +574,8 @@ def _autograd_functions(
         if d_output is None:
             return None
         count = _count(ctx.shape, ctx.reduction, ctx.denominator)
-        if type(d_output) is Tensor and d_output.is_cpu and not torch.is_grad_enabled():
+        eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if eager and type(d_output) is Tensor and d_output.is_cpu:
             # a number costs no synchronisation here, and a third of the time of what follows
             value = d_output.item() if count is None else d_output.item() / float(count)
             return d_output.new_full(ctx.shape, value)
