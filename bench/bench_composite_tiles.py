@@ -30,7 +30,7 @@ from harness import Turns, Workload
 
 TILE = 16
 # so many that all threads take part, and few enough for the second-level cache
-EXP_VALUES = 1 << 16
+EXP_VALUES, GPU_EXP_VALUES = 1 << 16, 1 << 22
 EXP = "torch.exp of all pairs"
 NAMES = ("means2d", "conics", "colors", "opacities", "tile_offsets", "flatten_ids")
 GARDEN = os.environ.get("RAYFUSE_GARDEN")
@@ -77,6 +77,11 @@ def garden() -> dict[str, Tensor]:
     colors = rayfuse.spherical_harmonics(torch.ones(len(colors), 3), colors, degree=0) + 0.5
     values = splats.means2d[0], splats.conics[0], colors, opacities
     return dict(zip(NAMES, (*values, lists.tile_offsets, lists.flatten_ids), strict=True))
+
+
+def on_triton(call: Callable[[], Any]) -> Any:
+    with rayfuse.use_backend("triton"):
+        return call()
 
 
 class _Tiles(ctypes.Structure):
@@ -235,6 +240,7 @@ class BenchCompositeTiles(harness.Bench):
         Workload((640, 480), dict(N=64, S=3, D=64)),
         *([Workload((648, 420), dict(D=3))] if GARDEN else []),
     )
+    gpu_times = 1
     directions = ((), NAMES[:4])
     title = ""
     maps = 1  # beside the colours
@@ -267,7 +273,9 @@ class BenchCompositeTiles(harness.Bench):
         calls: dict[str, Callable[..., Any]] = {
             "rayfuse": lambda *x: self.images(width, height, *x)
         }
-        if workload.sizes["D"] == 3 and peers.device.type == "cpu":
+        if peers.device.type != "cpu":
+            calls["rayfuse triton"] = lambda *x: on_triton(lambda: calls["rayfuse"](*x))
+        elif workload.sizes["D"] == 3:
             if shutil.which("g++"):
                 calls["scalar C++, 1 thread"] = functools.partial(
                     ScalarFunction.apply, width, height
@@ -281,7 +289,8 @@ class BenchCompositeTiles(harness.Bench):
         pairs = len(inputs["flatten_ids"]) * TILE * TILE
         d_outputs = [torch.rand(1, height, width, D), *torch.rand(self.maps, 1, height, width)]
         d_outputs = [x.to(peers.device) for x in d_outputs]
-        values = torch.rand(EXP_VALUES, device=peers.device)
+        exp_values = EXP_VALUES if peers.device.type == "cpu" else GPU_EXP_VALUES
+        values = torch.rand(exp_values, device=peers.device)
         turns = {
             "streaming": Turns(harness.Streaming()),
             EXP: Turns(functools.partial(torch.exp, values, out=values.clone())),
@@ -300,7 +309,7 @@ class BenchCompositeTiles(harness.Bench):
                 assert near.float().mean() > 0.9999, f"{name} is something else"
         harness.take_turns([*turns.values()], benchmark)
         seconds = {name: turn.median for name, turn in turns.items()}
-        seconds[EXP] *= pairs / EXP_VALUES
+        seconds[EXP] *= pairs / exp_values
         bandwidth = harness.STREAM_BYTES / seconds.pop("streaming")
         moved = self.bytes_moved(workload, wants)
         rows = []

@@ -24,6 +24,7 @@ def mse_of_matrix_product(w: Tensor, f: Tensor, target: Tensor) -> Tensor:
 class BenchFeatureDistillationLoss(harness.Bench):
     op = staticmethod(rayfuse.feature_distillation_loss)
     workloads = FEATURE_WORKLOADS
+    gpu_times = 4
     directions = ((), ("w", "f"))
     read_again = ("w",)
     # the mean of one number is that number

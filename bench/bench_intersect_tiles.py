@@ -72,6 +72,7 @@ class BenchIntersectTiles(harness.Bench):
         Workload((1_000_000,), dict(W=640, H=480)),
         *([Workload((GARDEN_SPLATS,), dict(W=648, H=420))] if GARDEN else []),
     )
+    gpu_times = 1
     page = "splats"
 
     test_growth = None

@@ -18,6 +18,7 @@ def mse(w: Tensor, f: Tensor, target: Tensor, offsets: Tensor) -> Tensor:
 class BenchPackedFeatureDistillationLoss(harness.PackedBench):
     op = staticmethod(rayfuse.packed_feature_distillation_loss)
     workloads = PACKED_FEATURE_WORKLOADS
+    gpu_times = 4
     directions = ((), ("w", "f"))
     read_again = ("w", "offsets")
     # the mean of one number is that number

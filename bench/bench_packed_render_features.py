@@ -33,6 +33,7 @@ def accumulate(w: Tensor, f: Tensor, offsets: Tensor) -> Tensor:
 class BenchPackedRenderFeatures(harness.PackedBench):
     op = staticmethod(rayfuse.packed_render_features)
     workloads = PACKED_FEATURE_WORKLOADS
+    gpu_times = 4
     directions = ((), ("w", "f"))
     peers = (
         peers.eager("nerfacc", accumulate, mean=False),

@@ -38,6 +38,7 @@ class BenchProjectGaussians(harness.Bench):
         Workload((1,), dict(N=1_000_000, C=1)),
         Workload((1,), dict(N=138_766, C=4)),
     )
+    gpu_times = 1
     directions = ((), SHAPE, (*SHAPE, "viewmats"))
     peers = (
         peers.eager("gsplat", gsplat_projection, mean=False, module="gsplat"),

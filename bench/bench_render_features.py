@@ -96,6 +96,7 @@ class NumbaFunction(torch.autograd.Function):
 class BenchRenderFeatures(harness.Bench):
     op = staticmethod(rayfuse.render_features)
     workloads = FEATURE_WORKLOADS
+    gpu_times = 4
     directions = ((), ("w", "f"))
     peers = (
         peers.eager("f3rm", product_and_sum, mean=False),

@@ -31,6 +31,7 @@ class BenchSphericalHarmonics(harness.Bench):
         Workload((1,), dict(C=4, N=111_000, K=16, D=3)),
         Workload((1,), dict(C=1, N=111_000, K=16, D=3), narrow=torch.bfloat16),
     )
+    gpu_times = 1
     directions = ((), ("coeffs",), ("dirs", "coeffs"))
     peers = (
         peers.eager("gsplat", of_gsplat, mean=False, module="gsplat"),

@@ -19,6 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--rehearse", action="store_true", help="run, but so short that it tells nothing"
     )
+    group.addoption("--seconds", type=float, help="how long the contenders of a column take turns")
+    group.addoption(
+        "--without", default=[], nargs="*", help="contenders whose names begin like one of these"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -27,6 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True
     peers.device = torch.device(config.option.device)
     report.own_page = config.option.page
+    if peers.device.type != "cpu":
+        harness.for_gpu()
+    harness.TEST_SECONDS = config.option.seconds or harness.TEST_SECONDS
+    harness.left_out = tuple(config.option.without)
 
 
 def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) -> None:
@@ -35,12 +43,12 @@ def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name, values, ids in (
-        ("workload", "workloads", str),
-        ("wants", "directions", harness.direction_name),
-    ):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, getattr(metafunc.cls, values), ids=ids)
+    bench = metafunc.cls
+    if "workload" in metafunc.fixturenames:
+        times = 1 if peers.device.type == "cpu" else bench.gpu_times
+        metafunc.parametrize("workload", [w.with_rays(times) for w in bench.workloads], ids=str)
+    if "wants" in metafunc.fixturenames:
+        metafunc.parametrize("wants", bench.directions, ids=harness.direction_name)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

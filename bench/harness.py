@@ -32,6 +32,8 @@ TURN_SECONDS = 1e-2
 TEST_SECONDS = 2
 SLOW_SECONDS = 0.25
 SLOW_TURNS = 3
+# how names of contenders begin that are not wanted (`--without`)
+left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,20 @@ class Workload:
     # of the inputs that may be narrower than the others
     narrow: torch.dtype | None = None
 
+    def with_rays(self, times: int) -> Workload:
+        """With so many times the rays."""
+        return replace(self, leading=(self.leading[0] * times, *self.leading[1:]))
+
     def __str__(self) -> str:
         shape = "x".join(map(str, (*self.leading, *self.sizes.values())))
         short = {torch.bfloat16: " bf16", torch.float16: " f16", torch.float64: " f64"}
         return shape + short.get(self.narrow or self.dtype, "")
+
+
+def for_gpu() -> None:
+    """Time as a GPU's caches and speed want it, from here on."""
+    global STREAM_VALUES, STREAM_BYTES
+    STREAM_VALUES, STREAM_BYTES = 1 << 27, 12 << 27
 
 
 @dataclass
@@ -86,11 +98,11 @@ class Turns:
 
 
 def take_turns(
-    turns: Sequence[Turns], benchmark: Any = None, seconds: float = TEST_SECONDS
+    turns: Sequence[Turns], benchmark: Any = None, seconds: float | None = None
 ) -> None:
     """Time everybody in turn; the last one is what pytest-benchmark records."""
     one_round = sum(turn.turn_seconds for turn in turns if not turn.is_slow)
-    rounds = min(40, max(7, int(seconds / one_round)))
+    rounds = min(40, max(7, int((seconds or TEST_SECONDS) / one_round)))
 
     def others() -> None:
         for turn in turns[:-1]:
@@ -105,7 +117,7 @@ def take_turns(
 
 
 class Streaming:
-    """torch.add over three arrays of 64 MB."""
+    """torch.add over three arrays, of 64 MB each on a CPU and of 512 MB on a GPU."""
 
     def __init__(self) -> None:
         ones = functools.partial(torch.ones, STREAM_VALUES, device=peers.device)
@@ -172,6 +184,8 @@ class Bench:
     # what the tables call this bench, where an op has several
     title = ""
     workloads: Sequence[Workload]
+    # on a GPU, how many times the rays: enough to keep it busy, and more than its cache holds
+    gpu_times = 16
     # gradients wanted, for each table
     directions: Sequence[tuple[str, ...]] = ((),)
     # the inputs that the backward reads, where what the forward kept spares it some
@@ -294,6 +308,8 @@ class Bench:
         turns: dict[str, Turns] = {"streaming": Turns(Streaming())}
         rows = []
         for peer in reversed(self.contenders()):
+            if peer.name.startswith(left_out):
+                continue
             table = f"{self.title} {direction_name(wants)}".strip()
             row = report.Row(self.stem, table, str(workload), peer.name)
             rows.insert(0, row)

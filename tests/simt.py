@@ -48,6 +48,8 @@ rule link
 
 def reason():
     """Why the executor cannot be built here, or None."""
+    if os.environ.get("RAYFUSE_SIMT") == "0":
+        return "the host executor was switched off (RAYFUSE_SIMT=0)"
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return "the host executor's fibers are written for Linux on x86-64"
     for tool in ("g++", "addr2line"):

@@ -106,6 +106,16 @@ def load(ptrs, mask, A: tl.constexpr):
 
 
 @triton.jit
+def sums_of_loaded(x):
+    """The sums of samples as they were loaded, which a loop adds up and reads on its way.
+
+    Triton before 3.9 takes such a sum out of the loop as if nothing read it there, or stops at an
+    assertion (triton-lang/triton, issue 11836): only of values that come straight from a load.
+    """
+    return tl.sum(x + 0.0, 1)
+
+
+@triton.jit
 def optical_depth(sigma_ptrs, t_ptrs, s, mask, A: tl.constexpr):
     """sigma dt of samples s; a wall without width is nothing."""
     sigma = load(sigma_ptrs + s, mask, A)

@@ -22,6 +22,7 @@ from .common import (
     of_block,
     optical_depth,
     stopped,
+    sums_of_loaded,
 )
 
 _MAX_CHANNELS = 8
@@ -78,7 +79,7 @@ def composite_rays_fwd_kernel(
             elif DEPTH != _NONE:
                 place = _place(_mid(t_ptrs, s, here, A), DEPTH, A)
                 moment += tl.sum(tl.where(here, w * place, 0.0), 1)
-            weight += tl.sum(w, 1)
+            weight += sums_of_loaded(w)
             if DENSITY:
                 before = here & (s > 0)
                 depth += tl.sum(optical_depth(w_ptrs, t_ptrs, s - 1, before, A), 1)
@@ -166,7 +167,7 @@ def composite_rays_bwd_kernel(
         elif DEPTH != _NONE:
             place = _place(_mid(t_ptrs, s, here, A), DEPTH, A)
             moment += tl.sum(tl.where(here, w * place, 0.0), 1)
-        weight += tl.sum(w, 1)
+        weight += sums_of_loaded(w)
         if DENSITY:
             depths = tl.where(block == b, depth[:, None], depths)
             depth += tl.sum(optical_depth(w_ptrs, t_ptrs, s - 1, here & (s > 0), A), 1)

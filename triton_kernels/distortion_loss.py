@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, empty_gradient, launch
+from .common import accumulator, empty_gradient, launch, sums_of_loaded
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def distortion_loss_fwd_kernel(
         spread_left = spread[:, None] + tl.cumsum(step, 1)
         w = _load(w_ptrs + s, here, A)
         # after the loss these two spill 8 bytes in fp16 on sm_100
-        weight += tl.sum(w_before, 1)
+        weight += sums_of_loaded(w_before)
         spread += tl.sum(step, 1)
         loss += tl.sum(w * (spread_left + (1 / 3) * (w * _width(t_ptrs, s, here, A))), 1)
     tl.store(loss_ptr + r, loss, mask=r < R)
@@ -80,7 +80,7 @@ def distortion_loss_bwd_kernel(
             here = ray & (s < S)
             w_before, left = _left(w_ptrs, s, here, weight, A)
             weights_before = tl.where(block == b, weight[:, None], weights_before)
-            weight += tl.sum(w_before, 1)
+            weight += sums_of_loaded(w_before)
             if NEEDS_D_W:
                 spreads_before = tl.where(block == b, spread[:, None], spreads_before)
                 spread += tl.sum(_gap(t_ptrs, s, here, A) * left, 1)
@@ -97,7 +97,7 @@ def distortion_loss_bwd_kernel(
         w = _load(w_ptrs + s, here, A)
         w_after = _load(w_ptrs + s + 1, ray & (s + 1 < S), A)
         right = weight_right[:, None] + tl.cumsum(w_after, 1, reverse=True)
-        weight_right += tl.sum(w_after, 1)
+        weight_right += sums_of_loaded(w_after)
         if NEEDS_D_T:
             pull = left - (2 / 3) * w_before - (1 / 3) * w - right
             d_t = d_loss[:, None] * ((w_before + w) * pull)

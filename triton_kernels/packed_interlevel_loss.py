@@ -20,6 +20,7 @@ from .common import (
     load,
     packed_rays,
     packed_values,
+    sums_of_loaded,
 )
 from .interlevel_loss import _uncovered as uncovered
 
@@ -220,7 +221,7 @@ def _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK: tl.constexpr):
         here = k < m[:, None]
         w_env = load(w_env_ptr + begin_env[:, None] + k, here, tl.float64)
         tl.store(until_ptr + begin_env[:, None] + k, sums[:, None] + tl.cumsum(w_env, 1), mask=here)
-        sums += tl.sum(w_env, 1)
+        sums += sums_of_loaded(w_env)
     tl.debug_barrier()
 
 

@@ -151,6 +151,7 @@ class Op:
         absent = [array.name for array in signature.inputs if array.optional]
         self._keywords: dict[str, Any] = dict.fromkeys(absent)
         self._keywords |= {scalar.name: scalar.default for scalar in self.scalars}
+        self._known = {*self._keywords}
         self._mandatory = {
             scalar.name for scalar in self.scalars if scalar.default is inspect.Parameter.empty
         }
@@ -231,9 +232,11 @@ class Op:
 
     def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """All tensors, then all scalars."""
+        # Dynamo of torch 2.11 knows these methods of a set, and no operators on keys
         if (
             len(args) != len(self._required)
-            or not self._mandatory <= named.keys() <= self._keywords.keys()
+            or not self._mandatory.issubset(named)
+            or not self._known.issuperset(named)
         ):
             try:
                 bound = inspect.Signature(self.parameters).bind(*args, **named)
