@@ -1,9 +1,9 @@
 // Weights from opacities: w_i = T_i a_i, T_{i+1} = T_i (1 - a_i).
-// A warp owns a ray, a block a long one, a thread a run of its samples; a block reads its rays as
-// one piece. Forward: one pass over memory. Backward: one, or two where a ray does not fit on chip;
-// it divides by nothing, so that a = 1 is exact:
-// d_a_i = T_i (d_w_i - B_i), B_i = d_w_{i+1} a_{i+1} + d_T_{i+1} + (1 - a_{i+1}) B_{i+1},
-// which starts from the gradient of the last T. docs/compositing.md
+// A few threads own a ray, a block a long one, a thread a run of its samples; a block reads its
+// rays as one piece. Forward: one pass over memory. Backward: one, or two where a ray does not fit
+// on chip; it divides by nothing, so that a = 1 is exact: d_a_i = T_i (d_w_i - B_i), B_i =
+// d_w_{i+1} a_{i+1} + d_T_{i+1} + (1 - a_{i+1}) B_{i+1}, which starts from the gradient of the last
+// T. docs/compositing.md
 #include "products.h"
 #include "transmittance.h"
 
@@ -160,8 +160,9 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& alpha) {
     const Plan<A, kFwdArrays> plan(R, S);
     const int chip = plan.template chip<T>();
     launch(plan.grid(kFwdArrays * chip, device.stream()),
-           plan.warps ? alpha_weights_fwd_kernel<kWarp, T> : alpha_weights_fwd_kernel<kBlock, T>, R,
-           S, plan.rays_per_block, plan.tile, chip, data<T>(alpha), mutable_data<A>(w),
+           plan.teams.pick(alpha_weights_fwd_kernel<kFew, T>, alpha_weights_fwd_kernel<kWarp, T>,
+                           alpha_weights_fwd_kernel<kBlock, T>),
+           R, S, plan.rays_per_block, plan.tile, chip, data<T>(alpha), mutable_data<A>(w),
            mutable_data<A>(transmittance));
   });
   return {w, transmittance};
@@ -180,8 +181,9 @@ Tensor bwd(std::optional<Tensor> d_w, std::optional<Tensor> d_transmittance, con
     const Plan<A, kBwdArrays> plan(R, S);
     const int chip = plan.template chip<T>();
     launch(plan.grid(kBwdArrays * chip, device.stream()),
-           plan.warps ? alpha_weights_bwd_kernel<kWarp, T> : alpha_weights_bwd_kernel<kBlock, T>, R,
-           S, plan.rays_per_block, plan.tile, chip, d_w ? data<A>(*d_w) : nullptr,
+           plan.teams.pick(alpha_weights_bwd_kernel<kFew, T>, alpha_weights_bwd_kernel<kWarp, T>,
+                           alpha_weights_bwd_kernel<kBlock, T>),
+           R, S, plan.rays_per_block, plan.tile, chip, d_w ? data<A>(*d_w) : nullptr,
            d_transmittance ? data<A>(*d_transmittance) : nullptr, data<T>(alpha),
            mutable_data<T>(d_alpha));
   });

@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   A* const weights = arrays + 2 * chip + team.index * (tile_size + 1);
   A* const passed = arrays + 3 * chip + team.index * (tile_size + 1);
   A* const f_buffer = arrays + kBwdArrays * chip + team.index * options.f_chip;
-  __shared__ A scales[kBlock / kWarp][kChannels];
+  __shared__ A scales[kBlock / kThreads][kChannels];
   A* const scale = scales[team.index];
   const F* const last = mine && options.last_sample && f && S ? f + (r * S + S - 1) * C : nullptr;
 
@@ -464,8 +464,9 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t, const Tensor& w, MaybeTe
     using A = accumulator<T>;
     const Layout<T, F, kFwdArrays> layout(t, w, f, background, depth_kind, density, last_sample);
     launch(layout.grid(device),
-           layout.plan.warps ? composite_rays_fwd_kernel<kWarp, T, F>
-                             : composite_rays_fwd_kernel<kBlock, T, F>,
+           layout.plan.teams.pick(composite_rays_fwd_kernel<kFew, T, F>,
+                                  composite_rays_fwd_kernel<kWarp, T, F>,
+                                  composite_rays_fwd_kernel<kBlock, T, F>),
            layout.options, data<T>(t), data<T>(w), maybe_data<F>(f), maybe_data<T>(background),
            mutable_data<A>(features), mutable_data<A>(depth), mutable_data<A>(accumulation));
   });
@@ -494,8 +495,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(MaybeTensor d_features, MaybeTens
     const Gradients<T, F> d{mutable_data<T>(d_t), mutable_data<T>(d_w), mutable_data<F>(d_f),
                             mutable_data<T>(d_background)};
     launch(layout.grid(device),
-           layout.plan.warps ? composite_rays_bwd_kernel<kWarp, T, F>
-                             : composite_rays_bwd_kernel<kBlock, T, F>,
+           layout.plan.teams.pick(composite_rays_bwd_kernel<kFew, T, F>,
+                                  composite_rays_bwd_kernel<kWarp, T, F>,
+                                  composite_rays_bwd_kernel<kBlock, T, F>),
            layout.options, maybe_data<A>(d_features), maybe_data<A>(d_depth),
            maybe_data<A>(d_accumulation), data<T>(t), data<T>(w), maybe_data<F>(f),
            maybe_data<T>(background), d);

@@ -1,10 +1,9 @@
 // Distortion loss: L = sum_j w_j (spread_j + 1/3 w_j dt_j), spread_j = sum_{k<=j} gap_k left_k with
 // gap_k = t_{k+1} - t_{k-1} and left_k, right_k the weight on either side of sample k.
-// A warp owns a ray, a block a long one, a thread a run of its samples; a block reads its rays as
-// one piece. Forward: one pass over memory. Backward: one, or two where a ray does not fit on chip:
-// d_w_j = spread_j + sum_{k>j} gap_k (w_k + right_k) + 2/3 w_j dt_j,
-// d_t_j = (w_{j-1} + w_j) (left_j - 2/3 w_{j-1} - 1/3 w_j - right_j). Derivation:
-// docs/distortion.md.
+// A few threads own a ray, a block a long one, a thread a run of its samples; a block reads its
+// rays as one piece. Forward: one pass over memory. Backward: one, or two where a ray does not fit
+// on chip: d_w_j = spread_j + sum_{k>j} gap_k (w_k + right_k) + 2/3 w_j dt_j, d_t_j = (w_{j-1} +
+// w_j) (left_j - 2/3 w_{j-1} - 1/3 w_j - right_j). Derivation: docs/distortion.md.
 #include "launch.h"
 #include "rays.h"
 
@@ -12,9 +11,6 @@
 
 namespace rayfuse {
 namespace {
-
-// Longer rays get a block each.
-constexpr int kWarpSamples = 512;
 
 // Samples, or edges, of a ray that are on chip at once: what the backward's four arrays leave room
 // for, and an odd number for each thread, so that its banks differ from its neighbours'.
@@ -166,7 +162,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     left_of_tile = left_of_tile.join(total);
     __syncthreads();
   }
-  __shared__ A losses[kBlock / kWarp];
+  __shared__ A losses[kBlock / kThreads];
   const A total = team.template scan<false>(own).total.value;
   if (team.rank == 0) losses[team.index] = total;
   __syncthreads();
@@ -189,8 +185,8 @@ __global__ void __launch_bounds__(kBlock, 1)
   A* const w_chip = t_chip + chip;
   T* const d_t_rays = d_t ? d_t + rays.first * (S + 1) : nullptr;
   T* const d_w_rays = d_w ? d_w + rays.first * S : nullptr;
-  __shared__ A scales[kBlock / kWarp];
-  if (thread < kBlock / kWarp) {
+  __shared__ A scales[kBlock / kThreads];
+  if (thread < kBlock / kThreads) {
     scales[thread] = thread < rays.count ? d_loss[rays.first + thread] : A(0);
   }
   const auto tile_at = [&](int64_t first) {
@@ -258,18 +254,18 @@ namespace {
 // How a kernel with some arrays on chip goes over R rays of S samples.
 template <class T>
 struct Plan {
-  bool warps;
+  Teams teams;
   int rays_per_block, tile, chip;
   Grid grid;
 
-  Plan(int64_t R, int64_t S, int arrays, cudaStream_t stream) : warps(S < kWarpSamples) {
+  Plan(int64_t R, int64_t S, int arrays, cudaStream_t stream) : teams(S, kTile<accumulator<T>>) {
     using A = accumulator<T>;
     constexpr int most = kTile<A>;
     static_assert(4 * chip_size<T>(most) * sizeof(A) + 512 <= kSharedBytes);
     tile = static_cast<int>(std::min<int64_t>(S + 1, most));
-    rays_per_block = warps ? std::min(kBlock / kWarp, most / tile) : 1;
+    rays_per_block = teams.rays(most / tile);
     chip = chip_size<T>(rays_per_block * tile);
-    grid = {(R + rays_per_block - 1) / rays_per_block, warps ? rays_per_block * kWarp : kBlock,
+    grid = {(R + rays_per_block - 1) / rays_per_block, rays_per_block * teams.threads,
             arrays * chip * sizeof(A), stream};
   }
 };
@@ -284,7 +280,8 @@ Tensor fwd(const Tensor& t, const Tensor& w) {
     const Plan<T> plan(R, S, 2, device.stream());
     launch(
         plan.grid,
-        plan.warps ? distortion_loss_fwd_kernel<kWarp, T> : distortion_loss_fwd_kernel<kBlock, T>,
+        plan.teams.pick(distortion_loss_fwd_kernel<kFew, T>, distortion_loss_fwd_kernel<kWarp, T>,
+                        distortion_loss_fwd_kernel<kBlock, T>),
         R, S, plan.rays_per_block, plan.tile, plan.chip, data<T>(t), data<T>(w),
         mutable_data<accumulator<T>>(loss));
   });
@@ -302,7 +299,8 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t, const Tens
     const Plan<T> plan(R, S, 4, device.stream());
     launch(
         plan.grid,
-        plan.warps ? distortion_loss_bwd_kernel<kWarp, T> : distortion_loss_bwd_kernel<kBlock, T>,
+        plan.teams.pick(distortion_loss_bwd_kernel<kFew, T>, distortion_loss_bwd_kernel<kWarp, T>,
+                        distortion_loss_bwd_kernel<kBlock, T>),
         R, S, plan.rays_per_block, plan.tile, plan.chip, data<accumulator<T>>(d_loss), data<T>(t),
         data<T>(w), mutable_data<T>(d_t), mutable_data<T>(d_w));
   });

@@ -1,7 +1,7 @@
 // Ray weights: x_i = sigma_i dt_i, T_i = exp(-sum_{j<i} x_j), w_i = T_i (1 - exp(-x_i)).
-// A warp owns a ray, a block a long one, a thread a run of its samples; a block reads its rays as
-// one piece. Forward: one pass over memory. Backward: one, or two where a ray does not fit on chip:
-// d_x_i = (d_w_i - d_T_{i+1}) T_{i+1} - sum_{j>i} (d_w_j w_j + d_T_{j+1} T_{j+1}),
+// A few threads own a ray, a block a long one, a thread a run of its samples; a block reads its
+// rays as one piece. Forward: one pass over memory. Backward: one, or two where a ray does not fit
+// on chip: d_x_i = (d_w_i - d_T_{i+1}) T_{i+1} - sum_{j>i} (d_w_j w_j + d_T_{j+1} T_{j+1}),
 // d_sigma_i = d_x_i dt_i, d_t_{i+1} = d_x_i sigma_i - d_x_{i+1} sigma_{i+1}. docs/compositing.md
 #include "transmittance.h"
 
@@ -201,9 +201,10 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& sigma, const Tensor& t, bool opaque
     const Plan<A, kFwdArrays> plan(R, S);
     const int chip = plan.template chip<T>();
     launch(plan.grid(kFwdArrays * chip, device.stream()),
-           plan.warps ? ray_weights_fwd_kernel<kWarp, T> : ray_weights_fwd_kernel<kBlock, T>, R, S,
-           opaque_background, plan.rays_per_block, plan.tile, chip, data<T>(sigma), data<T>(t),
-           mutable_data<A>(w), mutable_data<A>(transmittance));
+           plan.teams.pick(ray_weights_fwd_kernel<kFew, T>, ray_weights_fwd_kernel<kWarp, T>,
+                           ray_weights_fwd_kernel<kBlock, T>),
+           R, S, opaque_background, plan.rays_per_block, plan.tile, chip, data<T>(sigma),
+           data<T>(t), mutable_data<A>(w), mutable_data<A>(transmittance));
   });
   return {w, transmittance};
 }
@@ -221,10 +222,11 @@ std::tuple<Tensor, Tensor> bwd(std::optional<Tensor> d_w, std::optional<Tensor> 
     const Plan<A, kBwdArrays> plan(R, S);
     const int chip = plan.template chip<T>();
     launch(plan.grid(kBwdArrays * chip, device.stream()),
-           plan.warps ? ray_weights_bwd_kernel<kWarp, T> : ray_weights_bwd_kernel<kBlock, T>, R, S,
-           opaque_background, plan.rays_per_block, plan.tile, chip, d_w ? data<A>(*d_w) : nullptr,
-           d_transmittance ? data<A>(*d_transmittance) : nullptr, data<T>(sigma), data<T>(t),
-           mutable_data<T>(d_sigma), mutable_data<T>(d_t));
+           plan.teams.pick(ray_weights_bwd_kernel<kFew, T>, ray_weights_bwd_kernel<kWarp, T>,
+                           ray_weights_bwd_kernel<kBlock, T>),
+           R, S, opaque_background, plan.rays_per_block, plan.tile, chip,
+           d_w ? data<A>(*d_w) : nullptr, d_transmittance ? data<A>(*d_transmittance) : nullptr,
+           data<T>(sigma), data<T>(t), mutable_data<T>(d_sigma), mutable_data<T>(d_t));
   });
   return {d_sigma, d_t};
 }

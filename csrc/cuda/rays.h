@@ -1,5 +1,5 @@
-// What a block reads and writes of its rays, and the scans of a team, a warp or all of a block,
-// along one of them.
+// What a block reads and writes of its rays, and the scans of a team along one of them: of a few
+// threads, a warp, or all of a block.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,6 +34,9 @@ __device__ inline bfloat16 narrow<bfloat16>(float x) {
 }
 
 constexpr int kWarp = 32;
+// Threads of a short ray. A scan has as many steps for a ray that gives each lane one sample as for
+// one that gives it ten: a warp on 48 samples took 500 instructions where four such teams take 100.
+constexpr int kFew = 8;
 constexpr unsigned kAllLanes = 0xffffffff;
 // Threads in a block, whatever the teams.
 constexpr int kBlock = 256;
@@ -68,9 +71,9 @@ __device__ void for_each_vector(const T* from, int n, const One& one, const Vect
   const int into = reinterpret_cast<uintptr_t>(from) % 32 / sizeof(T);
   const int head = min(n, (kSector<T> - into) % kSector<T>);
   const int body = head + (n - head) / kSector<T> * kSector<T>;
-  if (thread < head) one(thread);
+  for (int i = thread; i < head; i += threads) one(i);
   for (int i = head + thread * kLanes; i < body; i += threads * kLanes) vector(i);
-  if (body + thread < n) one(body + thread);
+  for (int i = body + thread; i < n; i += threads) one(i);
 }
 
 // A 16-byte vector of T, and its values in the accumulator's type as whole 16-byte vectors.
@@ -147,12 +150,13 @@ __device__ State nothing() {
 // shuffle_down.
 template <int kThreads>
 struct Team {
-  static constexpr int kWarps = kThreads / kWarp;
-  static_assert(kThreads == kWarp || kThreads == kBlock);
+  static constexpr int kLanes = kThreads < kWarp ? kThreads : kWarp;
+  static constexpr int kWarps = kThreads / kLanes;
+  static_assert(kThreads == kFew || kThreads == kWarp || kThreads == kBlock);
 
   // the team's in the block, the thread's in the team
   const int index = threadIdx.x / kThreads, rank = threadIdx.x % kThreads;
-  const int lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kLanes;
 
   template <class State>
   struct Scan {
@@ -161,15 +165,16 @@ struct Team {
   // What comes before this thread, from the left or from the right, and the sum over all.
   template <bool from_right, class State>
   __device__ Scan<State> scan(State x) const {
-    const int place = from_right ? kWarp - 1 - lane : lane;
+    const int place = from_right ? kLanes - 1 - lane : lane;
 #pragma unroll
-    for (int places = 1; places < kWarp; places *= 2) {
+    for (int places = 1; places < kLanes; places *= 2) {
       const State before = from_right ? x.shuffle_down(places) : x.shuffle_up(places);
       if (place >= places) x = before.join(x);
     }
     State before = from_right ? x.shuffle_down(1) : x.shuffle_up(1);
     if (place == 0) before = nothing<State>();
-    State total = x.shuffle(from_right ? 0 : kWarp - 1);
+    const int first_lane = threadIdx.x % kWarp - lane;
+    State total = x.shuffle(first_lane + (from_right ? 0 : kLanes - 1));
     if constexpr (kWarps > 1) {
       __shared__ State warps[kWarps];
       const int warp = rank / kWarp;
@@ -193,7 +198,7 @@ struct Team {
   template <class A>
   __device__ A sum(A x) const {
 #pragma unroll
-    for (int places = kWarp / 2; places > 0; places /= 2) {
+    for (int places = kLanes / 2; places > 0; places /= 2) {
       x += __shfl_xor_sync(kAllLanes, x, places);
     }
     if constexpr (kWarps > 1) {
@@ -206,6 +211,28 @@ struct Team {
       for (int i = 0; i < kWarps; ++i) x += warps[i];
     }
     return x;
+  }
+};
+
+// The teams that rays of S samples get, of all of whose edges `most` are on chip at once.
+struct Teams {
+  int threads;
+
+  Teams(int64_t S, int64_t most) : threads(kBlock) {
+    if (S < 512 && S < most) threads = kWarp;
+    if (S <= 64 && (S + 1) * (kWarp / kFew) <= most) threads = kFew;
+  }
+
+  // Rays of a block, of which so many fit on chip: whole warps.
+  int rays(int64_t fit) const {
+    if (threads == kBlock) return 1;
+    const int most = static_cast<int>(fit < kBlock / threads ? fit : kBlock / threads);
+    return threads == kFew ? most / (kWarp / kFew) * (kWarp / kFew) : most;
+  }
+  // The kernel for them.
+  template <class Kernel>
+  Kernel pick(Kernel few, Kernel warp, Kernel block) const {
+    return threads == kFew ? few : threads == kWarp ? warp : block;
   }
 };
 

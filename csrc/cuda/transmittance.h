@@ -51,9 +51,6 @@ struct Sums {
   }
 };
 
-// Longer rays get a block each.
-constexpr int kWarpSamples = 512;
-
 // How a kernel that holds so many arrays of samples on chip goes over R rays of S samples.
 template <class A, int arrays>
 struct Plan {
@@ -63,14 +60,13 @@ struct Plan {
       static_cast<int>(((kSharedBytes - 1024) / sizeof(A) / arrays - 80) / kBlock - 1) / 2 * 2 + 1;
   static constexpr int kMost = kBlock * kEach;
 
-  bool warps;
+  Teams teams;
   int rays_per_block, tile;
   int64_t blocks;
 
   Plan(int64_t R, int64_t S)
-      : warps(S < std::min(kWarpSamples, kMost)),
-        rays_per_block(warps ? static_cast<int>(std::min<int64_t>(kBlock / kWarp, kMost / (S + 1)))
-                             : 1),
+      : teams(S, kMost),
+        rays_per_block(teams.rays(kMost / (S + 1))),
         tile(static_cast<int>(std::clamp<int64_t>(S, 1, kMost - 1))),
         blocks((R + rays_per_block - 1) / rays_per_block) {}
 
@@ -80,7 +76,7 @@ struct Plan {
     return chip_size<T>(rays_per_block * (tile + 1));
   }
   Grid grid(size_t shared_values, cudaStream_t stream) const {
-    return {blocks, warps ? rays_per_block * kWarp : kBlock, shared_values * sizeof(A), stream};
+    return {blocks, rays_per_block * teams.threads, shared_values * sizeof(A), stream};
   }
 };
 
