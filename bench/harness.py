@@ -97,9 +97,7 @@ class Turns:
         return median(self.seconds)
 
 
-def take_turns(
-    turns: Sequence[Turns], benchmark: Any = None, seconds: float | None = None
-) -> None:
+def take_turns(turns: Sequence[Turns], benchmark: Any = None, seconds: float | None = None) -> None:
     """Time everybody in turn; the last one is what pytest-benchmark records."""
     one_round = sum(turn.turn_seconds for turn in turns if not turn.is_slow)
     rounds = min(40, max(7, int((seconds or TEST_SECONDS) / one_round)))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import rayfuse
 from conftest import BACKENDS, device_of
-from contract import Contract
+from contract import Contract, are_same
 from rayfuse import backend
 
 
@@ -55,11 +55,11 @@ class TestNormalLosses(Contract):
             rayfuse.predicted_normal_loss(w, n, n_pred, reduction="none"),
         )
         for ours, right, wanted in zip(both, alone, ((w, n, d), (w, n, n_pred)), strict=True):
-            assert torch.equal(ours, right)
+            assert are_same(ours, right)
             d_loss = torch.rand_like(ours)
             assert all(
                 map(
-                    torch.equal,
+                    are_same,
                     torch.autograd.grad(ours, wanted, d_loss, retain_graph=True),
                     torch.autograd.grad(right, wanted, d_loss),
                 )

@@ -5,7 +5,7 @@ import torch
 
 import rayfuse
 from conftest import EMULATED
-from contract import PackedContract
+from contract import PackedContract, are_same
 
 
 class TestPackedNormalLosses(PackedContract):
@@ -50,12 +50,12 @@ class TestPackedNormalLosses(PackedContract):
             rayfuse.packed_orientation_loss(w, n, d, **named),
             rayfuse.packed_predicted_normal_loss(w, n, n_pred, **named),
         )
-        assert all(map(torch.equal, both, alone)) and all(map(torch.equal, both, again))
+        assert all(map(are_same, both, alone)) and all(map(are_same, both, again))
         for ours, right, wanted in zip(both, alone, ((w, n, d), (w, n, n_pred)), strict=True):
             d_loss = torch.rand_like(ours)
             assert all(
                 map(
-                    torch.equal,
+                    are_same,
                     torch.autograd.grad(ours, wanted, d_loss, retain_graph=True),
                     torch.autograd.grad(right, wanted, d_loss),
                 )

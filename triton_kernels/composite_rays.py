@@ -18,6 +18,7 @@ from .common import (
     empty_gradient,
     is_wall,
     launch,
+    light_at,
     load,
     of_block,
     optical_depth,
@@ -294,7 +295,7 @@ def _weigh(t_ptrs, w_ptrs, s, mask, depth, DENSITY: tl.constexpr, A: tl.constexp
         x_before = optical_depth(w_ptrs, t_ptrs, s - 1, mask & (s > 0), A)
         here = depth[:, None] + tl.cumsum(x_before, 1)
         x = optical_depth(w_ptrs, t_ptrs, s, mask, A)
-        return tl.exp(-here) * stopped(x, A), tl.exp(-(here + x))
+        return light_at(here, A) * stopped(x, A), light_at(here + x, A)
     else:
         w = load(w_ptrs + s, mask, A)
         return w, w

@@ -18,6 +18,7 @@ from .common import (
     empty_gradient,
     is_wall,
     launch_packed,
+    light_at,
     load,
     packed_rays,
     packed_values,
@@ -402,7 +403,7 @@ def _weigh(
         x_before = _optical_depth(t_starts_ptr, t_ends_ptr, w_ptr, k - 1, before, A)
         depth = optical[:, None] + tl.cumsum(x_before, 1)
         x = _optical_depth(t_starts_ptr, t_ends_ptr, w_ptr, k, here, A)
-        return tl.exp(-depth) * stopped(x, A), tl.exp(-(depth + x)), x_before
+        return light_at(depth, A) * stopped(x, A), light_at(depth + x, A), x_before
     else:
         w = load(w_ptr + k, here, A)
         return w, w, w

@@ -18,6 +18,7 @@ from .common import (
     empty_gradient,
     is_wall,
     launch_packed,
+    light_at,
     load,
     packed_rays,
     packed_values,
@@ -85,14 +86,14 @@ def _weights(
         s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
         k, here, inner = begin[:, None] + s, s < n[:, None], _follows(BLOCK) & (s < n[:, None])
         x_before = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k - 1, inner, A)
-        light = tl.exp(-(depth[:, None] + tl.cumsum(x_before, 1)))
+        light = light_at(depth[:, None] + tl.cumsum(x_before, 1), A)
         x = _depth(sigma_ptr, t_starts_ptr, t_ends_ptr, k, here, A)
         if OPAQUE:
             x = tl.where(s == n[:, None] - 1, _OPAQUE, x)
         tl.store(w_ptr + k, light * stopped(x, A), mask=here)
         tl.store(light_ptr + k, light, mask=here)
         depth, lost = add_exactly(depth, lost, tl.sum(x, 1))
-    return tl.exp(-depth)
+    return light_at(depth, A)
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def _gradients(
             x = tl.where(s + 1 == n[:, None], _OPAQUE, x)
             x_next = tl.where(s + 2 == n[:, None], _OPAQUE, x_next)
         deep = depth[:, None] + tl.cumsum(x_before, 1) + x
-        passed = tl.exp(-deep)
+        passed = light_at(deep, A)
         d_w = tl.zeros(x.shape, A)
         d_w_next = tl.zeros(x.shape, A)
         if HAS_D_W:
@@ -216,7 +217,7 @@ def _gradients(
         d_passed = _d_passed(d_light_ptr, d_remaining, k, s, n, HAS_D_LIGHT, A)
         d_passed_next = _d_passed(d_light_ptr, d_remaining, k + 1, s + 1, n, HAS_D_LIGHT, A)
         # of the sample behind: less rounding than a sum with this sample, less this sample
-        later = d_w_next * passed * stopped(x_next, A) + d_passed_next * tl.exp(-(deep + x_next))
+        later = d_w_next * passed * stopped(x_next, A) + d_passed_next * light_at(deep + x_next, A)
         d_x = (d_w - d_passed) * passed - (right[:, None] + tl.cumsum(later, 1, reverse=True))
         right, right_lost = add_exactly(right, right_lost, tl.sum(later, 1))
         if NEEDS_D_SIGMA:

@@ -15,6 +15,7 @@ from .common import (
     empty_gradient,
     is_wall,
     launch,
+    light_at,
     load,
     of_block,
     optical_depth,
@@ -44,14 +45,14 @@ def ray_weights_fwd_kernel(
         s = start + tl.arange(0, BLOCK_S)[None, :]
         here = ray & (s < S)
         x_before = optical_depth(sigma_ptrs, t_ptrs, s - 1, here & (s > 0), A)
-        light = tl.exp(-(depth[:, None] + tl.cumsum(x_before, 1)))
+        light = light_at(depth[:, None] + tl.cumsum(x_before, 1), A)
         x = _depth(sigma_ptrs, t_ptrs, s, here, S, OPAQUE, A)
         tl.store(w_ptr + (r * S)[:, None] + s, light * stopped(x, A), mask=here)
         tl.store(transmittance_ptr + (r * t_stride_r)[:, None] + s, light, mask=here)
         depth += tl.sum(x_before, 1)
     last = S - 1 + tl.zeros([1, 1], tl.int32)
     x_last = tl.sum(_depth(sigma_ptrs, t_ptrs, last, ray & (last >= 0), S, OPAQUE, A), 1)
-    tl.store(transmittance_ptr + r * t_stride_r + S, tl.exp(-(depth + x_last)), mask=r < R)
+    tl.store(transmittance_ptr + r * t_stride_r + S, light_at(depth + x_last, A), mask=r < R)
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def ray_weights_bwd_kernel(
         x_before = optical_depth(sigma_ptrs, t_ptrs, s - 1, before, A)
         deep = of_block(depths, block, b)[:, None] + tl.cumsum(x_before, 1)
         x = _depth(sigma_ptrs, t_ptrs, s, here, S, OPAQUE, A)
-        light, passed = tl.exp(-deep), tl.exp(-(deep + x))
+        light, passed = light_at(deep, A), light_at(deep + x, A)
         d_w = tl.zeros([BLOCK_R, BLOCK_S], A)
         d_w_before = tl.zeros([BLOCK_R, BLOCK_S], A)
         d_light = tl.zeros([BLOCK_R, BLOCK_S], A)
