@@ -45,13 +45,14 @@ struct DoubleSum {
 struct RayBlocks {
   int64_t R;
   int S, E, rays;
+  bool blurs;
   // bytes for every block; null where all arrays are in shared memory
   unsigned char* global;
   size_t bytes;
 
   template <int kThreads>
   __device__ Arena arena() const {
-    if (kThreads == kWarp || !global) return {shared_memory};
+    if (kThreads < kBlock || !global) return {shared_memory};
     return {global + blockIdx.x * bytes};
   }
   __device__ int64_t first() const { return int64_t{blockIdx.x} * rays; }
@@ -66,19 +67,19 @@ struct EnvelopeArrays {
 
   A *t, *w, *t_env, *w_env;  // buffers of chip_size
   double *until, *sums;      // [rays, E+3], [rays, S+1]
-  double* more_sums;         // [rays, S+1]
-  int* bins;                 // [rays, S+1]
+  double* more_sums;         // [rays, S+1], of a blur
+  int* bins;                 // [rays, S+1], of none
   size_t bytes;
 
-  __host__ __device__ EnvelopeArrays(Arena arena, int rays, int64_t S, int64_t E)
+  __host__ __device__ EnvelopeArrays(Arena arena, bool blurs, int rays, int64_t S, int64_t E)
       : t(arena.take<A>(chip_size<T>(rays * (S + 1)))),
         w(arena.take<A>(chip_size<T>(rays * (S + 1)))),
         t_env(arena.take<A>(chip_size<T>(rays * (E + 1)))),
         w_env(arena.take<A>(chip_size<T>(rays * (E + 1)))),
         until(arena.take<double>(rays * (E + 3))),
         sums(arena.take<double>(rays * (S + 1))),
-        more_sums(arena.take<double>(rays * (S + 1))),
-        bins(arena.take<int>(rays * (S + 1))),
+        more_sums(arena.take<double>(blurs ? rays * (S + 1) : 0)),
+        bins(arena.take<int>(blurs ? 0 : rays * (S + 1))),
         bytes(arena.used) {}
 };
 
@@ -105,6 +106,18 @@ __device__ accumulator<T>* load_rows(const T* from, accumulator<T>* buffer, int6
   return here;
 }
 
+// Those of n values that a thread takes: a run, of an odd number, so that its banks differ from its
+// neighbours'.
+struct Run {
+  int begin, end;
+
+  template <int kThreads>
+  __device__ Run(const Team<kThreads>& team, int n) {
+    const int each = (n + kThreads - 1) / kThreads | 1;
+    begin = min(team.rank * each, n), end = min(begin + each, n);
+  }
+};
+
 // The ray of a team.
 template <int kThreads, class T>
 struct Envelope {
@@ -127,13 +140,12 @@ struct Envelope {
   // Running sums of n values: to[i] is the one before value i.
   template <class F>
   __device__ void add_up(int n, double* to, const F& value) const {
-    const int each = (n + kThreads - 1) / kThreads | 1;
-    const int begin = min(team.rank * each, n), end = min(begin + each, n);
+    const Run run(team, n);
     DoubleSum own = {};
-    for (int i = begin; i < end; ++i) own.value += value(i);
+    for (int i = run.begin; i < run.end; ++i) own.value += value(i);
     const auto scan = team.template scan<false>(own);
     double sum = scan.before.value;
-    for (int i = begin; i < end; ++i) {
+    for (int i = run.begin; i < run.end; ++i) {
       to[i] = sum;
       sum += value(i);
     }
@@ -148,8 +160,15 @@ struct Envelope {
   }
   __device__ void find_bins(const A* t, const A* t_env, int64_t outside) const {
     const int first = outside == kOutsideClamp, last = outside == kOutsideZero ? E + 1 : E;
-    for (int i = team.rank; i <= S; i += kThreads) {
-      bins[i] = max(min(count_up_to(t_env, E + 1, t[i]), last), first);
+    const Run run(team, S + 1);
+    int bin = 0;
+    for (int i = run.begin; i < run.end; ++i) {
+      if (i > run.begin && t[i] >= t[i - 1]) {
+        while (bin <= E && !(t_env[bin] > t[i])) ++bin;
+      } else {
+        bin = count_up_to(t_env, E + 1, t[i]);
+      }
+      bins[i] = max(min(bin, last), first);
     }
     __syncthreads();
   }
@@ -165,11 +184,17 @@ struct Envelope {
     add_up(S, sums, d_outer);
     bool falls = false;
     for (int i = team.rank; i < S; i += kThreads) falls |= bins[i] > bins[i + 1];
-    falls = kThreads == kWarp ? __any_sync(kAllLanes, falls) : __syncthreads_or(falls);
+    falls = kThreads < kBlock ? __any_sync(kAllLanes, falls) : __syncthreads_or(falls);
     __syncthreads();
-    for (int k = team.rank; d_w_env && k < E; k += kThreads) {
-      const int before = count_up_to(bins, S + 1, k), until_here = count_up_to(bins, S + 1, k + 1);
+    if (!d_w_env) return;
+    const Run run(team, E);
+    // edges in bins up to k
+    int before = count_up_to(bins, S + 1, run.begin);
+    for (int k = run.begin; k < run.end; ++k) {
+      int until_here = before;
+      while (until_here <= S && bins[until_here] <= k + 1) ++until_here;
       double d = sums[min(until_here, S)] - sums[max(before - 1, 0)];
+      before = until_here;
       if (falls) {
         // edges that are not in order: every sample, for every bin
         d = 0;

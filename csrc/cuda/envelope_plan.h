@@ -6,24 +6,29 @@
 
 namespace rayfuse {
 
-// The launch of a kernel over envelopes: a warp owns a ray where several fit on chip, a block a
-// longer one.
+// The launch of a kernel over envelopes: a few threads own a ray, or a warp, where several rays fit
+// on chip, a block a longer one.
 template <class T>
 struct EnvelopePlan {
-  bool warps;
+  int threads;
   RayBlocks blocks;
 
-  EnvelopePlan(const Tensor& like, int64_t R, int64_t S, int64_t E) {
-    constexpr int kMostRays = kBlock / kWarp;
+  EnvelopePlan(const Tensor& like, int64_t R, int64_t S, int64_t E, bool blurs = false) {
     constexpr int64_t kMostBlocks = 1024;
     const auto bytes_of = [&](int rays) {
-      return EnvelopeArrays<T>(Arena{nullptr}, rays, S, E).bytes;
+      return EnvelopeArrays<T>(Arena{nullptr}, blurs, rays, S, E).bytes;
     };
-    int rays = kMostRays;
-    while (rays > 1 && bytes_of(rays) > kArenaBytes) --rays;
-    warps = rays >= kMostRays / 2;
-    if (!warps) rays = 1;
-    blocks = {R, static_cast<int>(S), static_cast<int>(E), rays, nullptr, bytes_of(rays)};
+    // as many rays as fit, of so many threads
+    const auto most_rays = [&](int threads) {
+      const int whole_warps = threads < kWarp ? kWarp / threads : 1;
+      int rays = kBlock / threads;
+      while (rays > 0 && bytes_of(rays) > kArenaBytes) rays -= whole_warps;
+      return rays;
+    };
+    const int of_few = std::max(S, E) <= 128 ? most_rays(kFew) : 0, of_warps = most_rays(kWarp);
+    threads = of_few >= 12 ? kFew : of_warps >= 4 ? kWarp : kBlock;
+    const int rays = threads == kFew ? of_few : threads == kWarp ? of_warps : 1;
+    blocks = {R, static_cast<int>(S), static_cast<int>(E), rays, blurs, nullptr, bytes_of(rays)};
     count_ = (R + rays - 1) / rays;
     if (blocks.bytes > kArenaBytes) {
       count_ = std::min(count_, kMostBlocks);
@@ -33,7 +38,12 @@ struct EnvelopePlan {
     }
   }
   Grid grid(cudaStream_t stream) const {
-    return {count_, warps ? blocks.rays * kWarp : kBlock, blocks.global ? 0 : blocks.bytes, stream};
+    return {count_, blocks.rays * threads, blocks.global ? 0 : blocks.bytes, stream};
+  }
+  // The kernel for the threads that a ray has.
+  template <class Kernel>
+  Kernel pick(Kernel few, Kernel warp, Kernel block) const {
+    return threads == kFew ? few : threads == kWarp ? warp : block;
   }
 
  private:

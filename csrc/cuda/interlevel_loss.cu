@@ -1,9 +1,9 @@
 // Interlevel loss: L = 1/S sum_i r_i u_i with r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i +
-// eps), w_outer_i the weight of the envelope's bins that sample i touches (envelope.h). A warp owns
-// a ray, a block a long one; all arrays of a ray are on chip, or in global memory where they do not
-// fit. Forward: one pass, which keeps dL/dw_i = u_i (2 - u_i) / S and dL/dw_env, where each bin
-// gets the dL/dw_outer_i = -2 u_i / S of the samples it bounds. Backward: a thread multiplies a few
-// of these by d_loss. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
+// eps), w_outer_i the weight of the envelope's bins that sample i touches (envelope.h). A few
+// threads own a ray, a block a long one; all arrays of a ray are on chip, or in global memory where
+// they do not fit. Forward: one pass, which keeps dL/dw_i = u_i (2 - u_i) / S and dL/dw_env, where
+// each bin gets the dL/dw_outer_i = -2 u_i / S of the samples it bounds. Backward: a thread
+// multiplies a few of these by d_loss. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
 #include "envelope.h"
 #include "uncovered.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 // Of a multiprocessor: for more of them kernels would spill.
 template <int kThreads>
-constexpr int kLeastBlocks = kThreads == kWarp ? 3 : 2;
+constexpr int kLeastBlocks = kThreads < kBlock ? 3 : 2;
 
 template <int kThreads, class T>
 __global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
   const int S = blocks.S, E = blocks.E;
   const A mean = A(1) / max(S, 1);
   const Team<kThreads> team;
-  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.rays, S, E);
+  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.blurs, blocks.rays, S, E);
   const Envelope<kThreads, T> envelope(team, arrays, S, E);
   for (int64_t r = blocks.first(); r < blocks.R; r += blocks.step()) {
     const int count = blocks.count(r), ray = min(team.index, count - 1);
@@ -121,11 +121,12 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t, const Tensor& w, const T
     using T = decltype(type);
     using A = accumulator<T>;
     const EnvelopePlan<T> plan(t, loss.numel(), S, E);
-    launch(
-        plan.grid(device.stream()),
-        plan.warps ? interlevel_loss_fwd_kernel<kWarp, T> : interlevel_loss_fwd_kernel<kBlock, T>,
-        plan.blocks, outside, static_cast<A>(eps), data<T>(t), data<T>(w), data<T>(t_env),
-        data<T>(w_env), mutable_data<A>(loss), mutable_data<A>(slope), mutable_data<A>(slope_env));
+    launch(plan.grid(device.stream()),
+           plan.pick(interlevel_loss_fwd_kernel<kFew, T>, interlevel_loss_fwd_kernel<kWarp, T>,
+                     interlevel_loss_fwd_kernel<kBlock, T>),
+           plan.blocks, outside, static_cast<A>(eps), data<T>(t), data<T>(w), data<T>(t_env),
+           data<T>(w_env), mutable_data<A>(loss), mutable_data<A>(slope),
+           mutable_data<A>(slope_env));
   });
   return {loss, slope, slope_env};
 }

@@ -1,6 +1,6 @@
 // Outer bound: w_outer_i = sum of w_env over the bins from that of edge t_i to that of edge
-// t_{i+1}. A warp owns a ray, a block a long one; all arrays of a ray are on chip, or in global
-// memory where they do not fit. Running sums of w_env in double, a bisection for every edge;
+// t_{i+1}. A few threads own a ray, a block a long one; all arrays of a ray are on chip, or in
+// global memory where they do not fit. Running sums of w_env in double, a bisection for every edge;
 // backward: running sums of the gradient, two bisections for every bin. One pass over memory each
 // way. Source: nerfstudio's `outer`, docs/interlevel.md.
 #include "envelope.h"
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks)
                            accumulator<T>* __restrict__ w_outer) {  // [R, S]
   const int S = blocks.S, E = blocks.E;
   const Team<kThreads> team;
-  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.rays, S, E);
+  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.blurs, blocks.rays, S, E);
   const Envelope<kThreads, T> envelope(team, arrays, S, E);
   for (int64_t r = blocks.first(); r < blocks.R; r += blocks.step()) {
     const int count = blocks.count(r), ray = min(team.index, count - 1);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks)
                            T* __restrict__ d_w_env) {                     // [R, E]
   const int S = blocks.S, E = blocks.E;
   const Team<kThreads> team;
-  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.rays, S, E);
+  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.blurs, blocks.rays, S, E);
   const Envelope<kThreads, T> envelope(team, arrays, S, E);
   for (int64_t r = blocks.first(); r < blocks.R; r += blocks.step()) {
     const int count = blocks.count(r), ray = min(team.index, count - 1);
@@ -85,7 +85,8 @@ Tensor fwd(const Tensor& t, const Tensor& t_env, const Tensor& w_env, int64_t ou
     using T = decltype(type);
     const EnvelopePlan<T> plan(t, R, S, E);
     launch(plan.grid(device.stream()),
-           plan.warps ? outer_bound_fwd_kernel<kWarp, T> : outer_bound_fwd_kernel<kBlock, T>,
+           plan.pick(outer_bound_fwd_kernel<kFew, T>, outer_bound_fwd_kernel<kWarp, T>,
+                     outer_bound_fwd_kernel<kBlock, T>),
            plan.blocks, outside, data<T>(t), data<T>(t_env), data<T>(w_env),
            mutable_data<accumulator<T>>(w_outer));
   });
@@ -102,7 +103,8 @@ Tensor bwd(const Tensor& d_w_outer, const Tensor& t, const Tensor& t_env, const 
     using T = decltype(type);
     const EnvelopePlan<T> plan(t, R, S, E);
     launch(plan.grid(device.stream()),
-           plan.warps ? outer_bound_bwd_kernel<kWarp, T> : outer_bound_bwd_kernel<kBlock, T>,
+           plan.pick(outer_bound_bwd_kernel<kFew, T>, outer_bound_bwd_kernel<kWarp, T>,
+                     outer_bound_bwd_kernel<kBlock, T>),
            plan.blocks, outside, data<accumulator<T>>(d_w_outer), data<T>(t), data<T>(t_env),
            mutable_data<T>(d_w_env));
   });

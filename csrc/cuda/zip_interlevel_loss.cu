@@ -1,8 +1,8 @@
 // Zip-NeRF's interlevel loss: L = 1/E sum_k r_k u_k with r_k = max(0, w_blur_k - w_env_k) and
 // u_k = r_k / (w_env_k + eps). The weight up to x, blurred by a box of half-width p, is
 // (I(x + p) - I(x - p)) / 2p, I the integral of the weight up to a place: a parabola in each
-// sample. A warp owns a ray, a block a long one; all arrays of a ray are on chip, or in global
-// memory where they do not fit. One pass over memory each way, the blur in double. Backward:
+// sample. A few threads own a ray, a block a long one; all arrays of a ray are on chip, or in
+// global memory where they do not fit. One pass over memory each way, the blur in double. Backward:
 // d_w_env_k = -u_k (2 + u_k) d_loss / E. Source: Zip-NeRF, section 4; docs/interlevel.md.
 #include "envelope.h"
 
@@ -26,22 +26,36 @@ struct Blur {
     __syncthreads();
     ray.add_up(ray.S, integral, [&](int i) { return (before[i] + double{w[i]} / 2) * width(i); });
     __syncthreads();
-    for (int k = ray.team.rank; k <= ray.E; k += kThreads) {
+    const Run run(ray.team, ray.E + 1);
+    Place left, right;
+    for (int k = run.begin; k < run.end; ++k) {
       const double x = t_env[k];
-      until[k] =
-          (integral_until(x + pulse_width) - integral_until(x - pulse_width)) / (2 * pulse_width);
+      until[k] = (integral_until(x + pulse_width, right) - integral_until(x - pulse_width, left)) /
+                 (2 * pulse_width);
     }
     __syncthreads();
   }
   __device__ A weight(int k) const { return static_cast<A>(until[k + 1] - until[k]); }
 
  private:
-  __device__ double integral_until(double x) const {
-    const int i = max(count_up_to(t, ray.S + 1, x) - 1, 0);
+  // The sample that a place on the ray is in, and how the integral bends there.
+  struct Place {
+    int sample = -1;
+    double curve;
+  };
+  __device__ double integral_until(double x, Place& place) const {
+    int i = place.sample;
+    if (i < 0 || x < t[i]) {
+      i = max(count_up_to(t, ray.S + 1, x) - 1, 0);
+    } else {
+      while (i < ray.S && !(t[i + 1] > x)) ++i;
+    }
+    if (i != place.sample) {
+      const double width = i < ray.S ? double{t[i + 1]} - t[i] : 0;
+      place = {i, width > 0 ? double{w[i]} / width / 2 : 0};
+    }
     const double d = x < t[i] ? 0 : x - t[i];
-    const double width = i < ray.S ? double{t[i + 1]} - t[i] : 0;
-    const double curve = width > 0 ? double{w[i]} / width / 2 : 0;
-    return integral[i] + d * (before[i] + curve * d);
+    return integral[i] + d * (before[i] + place.curve * d);
   }
 };
 
@@ -58,7 +72,7 @@ struct Lacking {
 
 // Of a multiprocessor: for more of them kernels of long rays would spill.
 template <int kThreads>
-constexpr int kLeastBlocks = kThreads == kWarp ? 3 : 2;
+constexpr int kLeastBlocks = kThreads < kBlock ? 3 : 2;
 
 template <int kThreads, class T>
 __global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
@@ -70,7 +84,7 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
                                    accumulator<T>* __restrict__ loss) {  // [R]
   const int S = blocks.S, E = blocks.E;
   const Team<kThreads> team;
-  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.rays, S, E);
+  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.blurs, blocks.rays, S, E);
   const Envelope<kThreads, T> envelope(team, arrays, S, E);
   for (int64_t r = blocks.first(); r < blocks.R; r += blocks.step()) {
     const int count = blocks.count(r), ray = min(team.index, count - 1);
@@ -109,7 +123,7 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<kThreads>)
   using A = accumulator<T>;
   const int S = blocks.S, E = blocks.E;
   const Team<kThreads> team;
-  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.rays, S, E);
+  const EnvelopeArrays<T> arrays(blocks.arena<kThreads>(), blocks.blurs, blocks.rays, S, E);
   const Envelope<kThreads, T> envelope(team, arrays, S, E);
   for (int64_t r = blocks.first(); r < blocks.R; r += blocks.step()) {
     const int count = blocks.count(r), ray = min(team.index, count - 1);
@@ -152,12 +166,13 @@ Tensor fwd(const Tensor& t, const Tensor& w, const Tensor& t_env, const Tensor& 
   dispatch(t, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    const EnvelopePlan<T> plan(t, loss.numel(), S, E);
-    launch(plan.grid(device.stream()),
-           plan.warps ? zip_interlevel_loss_fwd_kernel<kWarp, T>
-                      : zip_interlevel_loss_fwd_kernel<kBlock, T>,
-           plan.blocks, pulse_width, static_cast<A>(eps), data<T>(t), data<T>(w), data<T>(t_env),
-           data<T>(w_env), mutable_data<A>(loss));
+    const EnvelopePlan<T> plan(t, loss.numel(), S, E, true);
+    launch(
+        plan.grid(device.stream()),
+        plan.pick(zip_interlevel_loss_fwd_kernel<kFew, T>, zip_interlevel_loss_fwd_kernel<kWarp, T>,
+                  zip_interlevel_loss_fwd_kernel<kBlock, T>),
+        plan.blocks, pulse_width, static_cast<A>(eps), data<T>(t), data<T>(w), data<T>(t_env),
+        data<T>(w_env), mutable_data<A>(loss));
   });
   return loss;
 }
@@ -171,12 +186,13 @@ Tensor bwd(const Tensor& d_loss, const Tensor& t, const Tensor& w, const Tensor&
   dispatch(t, [&](auto type) {
     using T = decltype(type);
     using A = accumulator<T>;
-    const EnvelopePlan<T> plan(t, d_loss.numel(), S, E);
-    launch(plan.grid(device.stream()),
-           plan.warps ? zip_interlevel_loss_bwd_kernel<kWarp, T>
-                      : zip_interlevel_loss_bwd_kernel<kBlock, T>,
-           plan.blocks, pulse_width, static_cast<A>(eps), data<A>(d_loss), data<T>(t), data<T>(w),
-           data<T>(t_env), data<T>(w_env), mutable_data<T>(d_w_env));
+    const EnvelopePlan<T> plan(t, d_loss.numel(), S, E, true);
+    launch(
+        plan.grid(device.stream()),
+        plan.pick(zip_interlevel_loss_bwd_kernel<kFew, T>, zip_interlevel_loss_bwd_kernel<kWarp, T>,
+                  zip_interlevel_loss_bwd_kernel<kBlock, T>),
+        plan.blocks, pulse_width, static_cast<A>(eps), data<A>(d_loss), data<T>(t), data<T>(w),
+        data<T>(t_env), data<T>(w_env), mutable_data<T>(d_w_env));
   });
   return d_w_env;
 }
