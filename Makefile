@@ -37,7 +37,7 @@ test-all: $(ALL_PARTS) $(VENV)/.with-test  ## the suite with the slow tests
 
 test-abi: $(VENV)/.built  ## load this build under an older torch, in a second environment
 	$(PYTHON) -m venv .venv-abi
-	.venv-abi/bin/pip install -q "$(OLD_TORCH)" numpy
+	.venv-abi/bin/pip install -q "$(OLD_TORCH)" numpy pytest hypothesis jaxtyping
 	PYTHONPATH=python .venv-abi/bin/python tests/abi.py
 
 test-cuda-abi: $(VENV)/.built  ## load the CUDA library under a torch with CUDA (5 GB), GPU or none
