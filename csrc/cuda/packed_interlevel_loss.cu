@@ -40,17 +40,28 @@ struct Range {
   int64_t begin, end;
 };
 
-// How many of n values that do not decrease are below x, or not above it.
+// How many of n values that do not decrease are below x, or not above it. It is likely to be near
+// `from`: a few steps from there, then by halves.
 template <bool or_equal, class T>
-__device__ int64_t count_below(const T* values, int64_t n, accumulator<T> x) {
+__device__ int64_t count_below(const T* values, int64_t n, accumulator<T> x, int64_t from = 0) {
+  constexpr int kSteps = 4;
+  const auto is_below = [&](int64_t k) {
+    const accumulator<T> value = widen(values[k]);
+    return or_equal ? !(value > x) : value < x;
+  };
   int64_t begin = 0, end = n;
+  if (from > 0 && is_below(from - 1)) {
+    begin = from;
+    for (int step = 0; step < kSteps && begin < n; ++step, ++begin) {
+      if (!is_below(begin)) return begin;
+    }
+  }
   while (begin < end) {
     const int64_t middle = begin + (end - begin) / 2;
-    const accumulator<T> value = widen(values[middle]);
-    if (or_equal ? value > x : !(value < x)) {
-      end = middle;
-    } else {
+    if (is_below(middle)) {
       begin = middle + 1;
+    } else {
+      end = middle;
     }
   }
   return begin;
@@ -62,8 +73,9 @@ __device__ Range bins_of(const Intervals<T>& bins, accumulator<T> start, accumul
                          int64_t outside) {
   const int64_t m = bins.n;
   if (m == 0) return {0, 0};
-  Range range{max(count_below<true>(bins.starts, m, start) - 1, int64_t{0}),
-              min(count_below<true>(bins.ends, m, end) + 1, m)};
+  const int64_t started = count_below<true>(bins.starts, m, start);
+  Range range{max(started - 1, int64_t{0}),
+              min(count_below<true>(bins.ends, m, end, started - 1) + 1, m)};
   if (outside != kOutsideClamp && widen(bins.starts[0]) > end) range.end = 0;
   if (outside == kOutsideZero && !(widen(bins.ends[m - 1]) > start)) range.begin = m;
   return range;
@@ -81,7 +93,7 @@ __device__ Range samples_of(const Intervals<T>& bins, int64_t k, const Intervals
   }
   if (k < m - 1 || outside == kOutsideZero) {
     const T behind = k < m - 1 ? bins.starts[k + 1] : bins.ends[k];
-    range.end = count_below<false>(samples.starts, n, widen(behind));
+    range.end = count_below<false>(samples.starts, n, widen(behind), range.begin);
   }
   return range;
 }
