@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,10 +28,10 @@ REHEARSAL = (
 
 
 def contract(backends: Sequence[str], folder: Path, only: str) -> tuple[list[str], bool]:
-    """Run the ops' tests on these backends: a table, and whether all passed."""
+    """Run tests of the ops on these backends, all or `only`: a table, and whether all passed."""
     xml = folder / "contract.xml"
     tests = [f"tests/test_{stem}.py" for stem in STEMS]
-    chosen = f"({' or '.join(backends)}){only}"
+    chosen = f"({' or '.join(backends)}) and ({only})" if only else " or ".join(backends)
     # what takes long is Triton's compiler, on the CPU
     parallel = ["-n", "auto", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
     pytest(*tests, *parallel, "-k", chosen, f"--junitxml={xml}", "-o", "junit_family=xunit1")
@@ -64,7 +65,12 @@ def pytest(*arguments: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="rehearse, with a GPU or without")
-    dry = parser.parse_args().dry_run
+    parser.add_argument("--tests", default="", metavar="EXPRESSION", help="as pytest -k takes it")
+    parser.add_argument(
+        "--benches", nargs=argparse.REMAINDER, default=[], help="what follows is for pytest bench"
+    )
+    arguments = parser.parse_args()
+    dry = arguments.dry_run
     if not (dry or torch.cuda.is_available()):
         sys.exit("bench/gpu.sh: torch sees no CUDA GPU; `bench/gpu.sh --dry-run` rehearses without")
     backends = ("simt", "triton") if dry else ("cuda", "triton")
@@ -83,13 +89,14 @@ def main() -> None:
             # a minute of compiling for a backend that is not asked for
             os.environ["RAYFUSE_SIMT"] = "0"
         # one test an op and backend shows that all would be collected, run and counted
-        only = " and test_backend_that_was_forced_is_the_one_that_runs" if dry else ""
-        table, right = contract(backends, folder, only)
+        rehearsed = "test_backend_that_was_forced_is_the_one_that_runs"
+        table, right = contract(backends, folder, arguments.tests or (rehearsed if dry else ""))
         tables = folder / "tables.md"
         short = ["--device=cpu", "--rehearse"] if dry else ["--device=cuda"]
-        right &= pytest("bench", f"--page={tables}", *short)
+        right &= pytest("bench", f"--page={tables}", *short, *arguments.benches)
         lines = [f"# Results on {gpu}", "", *([REHEARSAL, ""] if dry else [])]
-        lines += ["Written by `bench/gpu.sh`.", "", "## The contract", "", *table, ""]
+        command = shlex.join(["bench/gpu.sh", *sys.argv[1:]])
+        lines += [f"Written by `{command}`.", "", "## The contract", "", *table, ""]
         text = (
             "\n".join(lines) + "\n" + (tables.read_text() if tables.exists() else "No bench ran.")
         )
