@@ -92,6 +92,7 @@ class BenchFieldLosses(harness.Bench):
         Workload((4096,), dict(S=48, C=64, E=256, F=96)),
         Workload((1024,), dict(S=48, C=64, E=256, F=96)),
     )
+    gpu_times = 4
     # normals are derivatives of the density, and carry no graph in nerfstudio
     directions = ((), ("sigma", "rgb", "features", "n_pred", "w_env_0", "w_env_1"))
     peers = (peers.eager("", as_f3rm), peers.compiled("", as_f3rm))
