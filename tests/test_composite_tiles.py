@@ -345,10 +345,13 @@ class TestCompositeTiles(FullTiles):
     def test_reaching_the_least_transmittance_ends_a_pixel_or_not(
         self, forced_backend, device, stop_at_min, count
     ):
-        out, _ = self.one_pixel(
+        out, o = self.one_pixel(
             device, [0.5, 0.5, 0.5], min_transmittance=0.25, stop_at_min=stop_at_min
         )
         torch.testing.assert_close(out.alpha.item(), 1 - 0.5**count)
+        out.alpha.sum().backward()
+        met = torch.arange(3, device=device) < count
+        torch.testing.assert_close(o.grad, met * 0.5 ** (count - 1))
 
     def test_background_shows_where_masks_are_false(self, forced_backend, device):
         args = self.inputs((1,), device=device, **self.wide)

@@ -2,7 +2,7 @@
 // tile's list, w_i = alpha_i T_i with T_{i+1} = T_i (1 - alpha_i); image = sum_i w_i c_i + T bg,
 // alpha = sum_i w_i, depth = sum_i w_i z_i / alpha, median = z_i of the last i with T_i > 1/2.
 // A block owns a tile, a thread a pixel; kBatch splats at a time are in shared memory. Forward: a
-// block for every kChannels channels. Backward: once forward for T before each batch, once back
+// block for every kChannels channels. Backward: once forward for T before each step, once back
 // with u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i + alpha_i
 // (<c_i, g> - u_i); a tile's sums of a splat are added up by a second kernel. docs/splats.md
 #include "launch.h"
@@ -12,9 +12,9 @@ namespace rayfuse {
 namespace {
 
 constexpr int kWarps = kBlock / kWarp;
-// Sums of a splat that warps exchange at a time.
-constexpr int kExchanged = 8;
-static_assert(kExchanged >= kMoments + 2);
+// Splats of a batch that threads remember at a time, on the way back.
+template <class A>
+constexpr int kStep = 32 / sizeof(A);
 
 // Of the splats of a batch, a block's channels; 0 where there are fewer.
 template <int kChannels, class T>
@@ -34,8 +34,7 @@ struct Channels {
   }
 };
 
-// Blocks that registers must suffice for: left to itself nvcc 13.0 took 48 for 4 channels, of more
-// blocks, and spilled.
+// Blocks that the registers of an SM must suffice for.
 template <int kChannels, class T>
 constexpr int kBlocks = (kChannels > 4 ? 8 : 16) / sizeof(accumulator<T>);
 
@@ -66,9 +65,10 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
     channels.load(scene, list.begin + first, n - first, first_channel);
     __syncthreads();
     for (int k = 0; k < kBatch && !passing.ended; ++k) {
-      const A before = passing.transmittance;
-      const A weight = passing.meet(batch.alpha(scene, k, pixel), scene.ending) * before;
-      if (weight == 0) continue;
+      const A alpha = batch.alpha(scene, k, pixel), before = passing.transmittance;
+      if (alpha == 0) continue;
+      const A weight = passing.meet(alpha, scene.ending) * before;
+      if (passing.ended) break;
       met += weight;
       if (before > A(0.5)) halfway = first + k;
 #pragma unroll
@@ -94,74 +94,113 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
       scene.depths && halfway >= 0 ? scene.depths[splat_at(scene, list.begin + halfway)] : A(0);
 }
 
-// Sums over the block, of the splats of a batch: every warp adds up its own, and leaves them here.
-template <class A>
-struct Exchange {
-  A sum[kWarps][kBatch][kExchanged];
-
-  __device__ void put(int k, int value, A x, bool any) {
-    // most warps have nothing of most splats
-    if (any) {
+// Adds up n values over a warp, halving how many each lane has of them: less than one shuffle and a
+// half for a value, where adding up each would take five. x[0] is the sum of the value that is
+// returned, -1 in lanes that are not asked for theirs.
+template <int n, int lanes = kWarp / 2, class A>
+__device__ int warp_sums(A* x) {
+  if constexpr (lanes == 0) {
+    return 0;
+  } else {
+    constexpr int half = (n + 1) / 2;
+    const bool upper = threadIdx.x & lanes;
 #pragma unroll
-      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+    for (int i = 0; i < half; ++i) {
+      const bool pair = i + half < n;
+      const A other = pair ? x[i + half] : x[i];
+      const A theirs = __shfl_xor_sync(kAllLanes, upper ? x[i] : other, lanes);
+      x[i] = (upper ? other : x[i]) + theirs;
     }
-    if (threadIdx.x % kWarp == 0) sum[threadIdx.x / kWarp][k][value] = x;
+    const int value = warp_sums<half, lanes / 2>(x);
+    return !upper ? value : 0 <= value && value + half < n ? value + half : -1;
   }
-  // Values first.. of the splats, `count` of each, to rows of `width`.
-  __device__ void write(A* rows, int64_t splats, int64_t width, int64_t first, int64_t count) {
+}
+
+// Sums over the block, of a step's splats: every warp leaves its own here of those that it met.
+template <class A, int kChannels>
+struct Exchange {
+  static constexpr int kFirstChannel = kMoments + 2;
+  static constexpr int kSums = kFirstChannel + kChannels;
+
+  A sum[kWarps][kStep<A>][kSums];
+  unsigned met[kWarps];
+
+  // Values first .. first + n of splat k.
+  template <int n>
+  __device__ void put(int k, int first, A (&x)[n]) {
+    const int value = warp_sums<n>(x);
+    if (value >= 0) sum[threadIdx.x / kWarp][k][first + value] = x[0];
+  }
+  // The first moments and channels of the splats to rows of `width`, channels from `at` on.
+  __device__ void write(A* rows, int splats, int64_t width, int moments, int64_t at, int64_t count,
+                        unsigned met_here) {
+    if (threadIdx.x % kWarp == 0) met[threadIdx.x / kWarp] = met_here;
     __syncthreads();
-    const int warps = blockDim.x / kWarp;
-    const int found = static_cast<int>(min(splats, int64_t{kBatch})) * kExchanged;
+    const int warps = blockDim.x / kWarp, found = min(splats, kStep<A>) * kSums;
     for (int i = threadIdx.x; i < found; i += blockDim.x) {
-      const int k = i / kExchanged, value = i % kExchanged;
-      if (value >= count) continue;
+      const int k = i / kSums, value = i % kSums, channel = value - kFirstChannel;
+      if (channel < 0 ? value >= moments : channel >= count) continue;
       A total = 0;
-      for (int w = 0; w < warps; ++w) total += sum[w][k][value];
-      rows[k * width + first + value] = total;
+      for (int w = 0; w < warps; ++w) total += met[w] >> k & 1 ? sum[w][k][value] : A(0);
+      rows[k * width + (channel < 0 ? value : at + channel)] = total;
     }
     __syncthreads();
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kBlock)
+// What a thread remembers of a step's splats. In registers they would be as many again as all else,
+// and loops over them unrolled.
+template <class A>
+struct Memory {
+  A alpha[kBlock], weight[kBlock], shade[kBlock];
+};
+
+template <int kChannels, class T>
+__global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
     composite_tiles_bwd_kernel(Scene<T> scene, Incoming<accumulator<T>> d,
-                               accumulator<T>* kept,            // [M / kBatch + tiles, threads]
+                               accumulator<T>* kept,            // [M / step + tiles, threads]
                                accumulator<T>* partial,         // [M, sums]
                                accumulator<T>* of_tiles,        // [tiles, D] or null
                                accumulator<T>* d_background) {  // [I, H, W, D] or null
   using A = accumulator<T>;
   __shared__ Batch<T> batch;
-  __shared__ Exchange<A> exchange;
-  const int64_t C = scene.channels(), D = scene.D;
-  const int64_t moments = scene.moments(), width = scene.sums();
+  __shared__ Channels<kChannels, T> channels;
+  using Exchange = Exchange<A, kChannels>;
+  __shared__ Exchange exchange;
+  __shared__ Memory<A> memory[kStep<A>];
+  const int64_t C = scene.channels(), D = scene.D, width = scene.sums();
+  const int moments = static_cast<int>(scene.moments());
   const unsigned t = blockIdx.x;
   const List list(scene, t);
   const Pixel<T> pixel(scene, t);
-  kept += (list.begin / kBatch + t) * blockDim.x + threadIdx.x;
+  kept += (list.begin / kStep<A> + t) * blockDim.x + threadIdx.x;
   partial += list.begin * width;
   const bool far = scene.depths && d.depth;
-  int halfway = -1;
 
   Passing<A> passing{1, !pixel.exists};
   A met = 0, distance = 0;
-  int64_t batches = 0;
-  for (; batches * kBatch < list.n; ++batches) {
+  const int n = static_cast<int>(list.n);
+  // places in the list: that of the median, and where the pixel has ended
+  int halfway = -1, end = pixel.exists ? n : 0, first = 0;
+  for (; first < n; first += kBatch) {
     if (__syncthreads_and(passing.ended)) break;
-    const int64_t first = batches * kBatch;
-    batch.load(scene, list.begin + first, list.n - first);
-    kept[batches * blockDim.x] = passing.ended ? A(-1) : passing.transmittance;
+    batch.load(scene, list.begin + first, n - first);
     __syncthreads();
-    for (int k = 0; k < kBatch && !passing.ended; ++k) {
-      const A before = passing.transmittance;
-      const A weight = passing.meet(batch.alpha(scene, k, pixel), scene.ending) * before;
+    for (int place = first; place < min(first + kBatch, n) && !passing.ended; ++place) {
+      if (place % kStep<A> == 0) kept[place / kStep<A> * blockDim.x] = passing.transmittance;
+      const A alpha = batch.alpha(scene, place - first, pixel), before = passing.transmittance;
+      if (alpha == 0) continue;
+      const A weight = passing.meet(alpha, scene.ending) * before;
+      if (passing.ended) {
+        end = place;
+        break;
+      }
       met += weight;
-      if (far && weight > 0) distance += weight * scene.depths[batch.id[k]];
-      if (weight > 0 && before > A(0.5)) halfway = static_cast<int>(first) + k;
+      if (far) distance += weight * scene.depths[batch.id[place - first]];
+      if (before > A(0.5)) halfway = place;
     }
   }
-  for (int64_t i = batches * kBatch * width + threadIdx.x; i < list.listed * width;
-       i += blockDim.x) {
+  for (int64_t i = first * width + threadIdx.x; i < list.listed * width; i += blockDim.x) {
     partial[i] = 0;
   }
 
@@ -180,76 +219,101 @@ __global__ void __launch_bounds__(kBlock)
       d_background[pixel.index * D + c] = passing.transmittance * d_image[c];
     }
   }
-  for (int64_t c = 0; of_tiles && c < D; c += kExchanged) {
-    __syncthreads();
-    for (int i = 0; i < kExchanged; ++i) {
-      const A d_c = d_image && c + i < D ? passing.transmittance * d_image[c + i] : A(0);
-      exchange.put(0, i, d_c, true);
+  // of channels that are looked at together
+  A d_channel[kChannels];
+  const auto go_to = [&](int64_t channel) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      const int64_t c = channel + i;
+      d_channel[i] = c < D ? (d_image ? d_image[c] : A(0)) : c == D ? d_distance : A(0);
     }
-    exchange.write(of_tiles + t * D, 1, 0, c, min(D - c, int64_t{kExchanged}));
-  }
-  const auto d_channel = [&](int64_t c) {
-    return c == D ? d_distance : d_image ? d_image[c] : A(0);
   };
+  for (int64_t c = 0; of_tiles && c < D; c += kChannels) {
+    __syncthreads();
+    go_to(c);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) d_channel[i] *= passing.transmittance;
+    exchange.put(0, Exchange::kFirstChannel, d_channel);
+    exchange.write(of_tiles + t * D, 1, 0, 0, c, D - c, 1);
+  }
+  go_to(0);
+  const bool several = C > kChannels;
 
-  while (batches-- > 0) {
-    const int64_t first = batches * kBatch;
+  while ((first -= kBatch) >= 0) {
+    const int here = min(n - first, kBatch);
     __syncthreads();
-    batch.load(scene, list.begin + first, list.n - first);
+    batch.load(scene, list.begin + first, here);
+    channels.load(scene, list.begin + first, here, 0);
     __syncthreads();
-    const A start = kept[batches * blockDim.x];
-    Passing<A> again{start, start < 0};
-    A alpha[kBatch], weight[kBatch], shade[kBatch];
+    const auto look_at = [&](int64_t channel) {
+      __syncthreads();
+      channels.load(scene, list.begin + first, here, channel);
+      go_to(channel);
+      __syncthreads();
+    };
+    for (int step = (here - 1) / kStep<A> * kStep<A>; step >= 0; step -= kStep<A>) {
+      const int place = first + step;
+      const auto shade_of = [&](int k) {
+        A shade = 0;
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const A before = again.transmittance;
-      alpha[k] = again.ended ? A(0) : again.meet(batch.alpha(scene, k, pixel), scene.ending);
-      weight[k] = alpha[k] * before;
-      shade[k] = 0;
-    }
-    for (int64_t c = 0; c < C; ++c) {
-      const A g = d_channel(c);
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) shade[k] += channel_of(scene, batch.id[k], c) * g;
-    }
-    unsigned any = 0;
-#pragma unroll
-    for (int k = kBatch - 1; k >= 0; --k) {
-      const A excess = shade[k] - behind;
-      behind += alpha[k] > 0 ? alpha[k] * excess : A(0);
-      shade[k] = weight[k] > 0 && alpha[k] < scene.max_alpha ? weight[k] * excess : A(0);
-      any |= unsigned{__any_sync(kAllLanes, weight[k] > 0) != 0} << k;
-    }
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const A dx = batch.x[k] - pixel.x, dy = batch.y[k] - pixel.y, h = shade[k];
-      const bool here = any >> k & 1;
-      exchange.put(k, 0, h, here);
-      exchange.put(k, 1, h * dx, here);
-      exchange.put(k, 2, h * dx * dx, here);
-      exchange.put(k, 3, h * dy, here);
-      exchange.put(k, 4, h * dx * dy, here);
-      exchange.put(k, 5, h * dy * dy, here);
-      if (scene.absolute) {
-        const A a = batch.a[k], b = batch.b[k], c = batch.c[k];
-        exchange.put(k, 6, std::abs(h * (a * dx + b * dy)), here);
-        exchange.put(k, 7, std::abs(h * (b * dx + c * dy)), here);
+        for (int i = 0; i < kChannels; ++i) {
+          shade = fma(channels.value[step + k][i], d_channel[i], shade);
+        }
+        return shade;
+      };
+      if (several) look_at(0);
+      A light = place < end ? kept[place / kStep<A> * blockDim.x] : A(0);
+      // those that this warp met
+      unsigned any = 0;
+      for (int k = 0; k < kStep<A>; ++k) {
+        const A alpha = place + k < end ? batch.alpha(scene, step + k, pixel) : A(0);
+        if (!__any_sync(kAllLanes, alpha > 0)) continue;
+        any |= 1u << k;
+        memory[k].alpha[threadIdx.x] = alpha;
+        memory[k].weight[threadIdx.x] = alpha * light;
+        memory[k].shade[threadIdx.x] = shade_of(k);
+        light *= 1 - alpha;
       }
-    }
-    A* const rows = partial + first * width;
-    exchange.write(rows, list.n - first, width, 0, moments);
-    for (int64_t c = 0; c < C; c += kExchanged) {
-      const int64_t count = min(C - c, int64_t{kExchanged});
-      for (int i = 0; i < count; ++i) {
-        const A g = d_channel(c + i);
-        const A at_half = c + i == D ? d_median : A(0);
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          const A own = weight[k] * g + (halfway - first == k ? at_half : A(0));
-          exchange.put(k, i, own, any >> k & 1);
+      for (int64_t c = kChannels; c < C; c += kChannels) {
+        look_at(c);
+        for (unsigned left = any; left; left &= left - 1) {
+          const int k = __ffs(left) - 1;
+          memory[k].shade[threadIdx.x] += shade_of(k);
         }
       }
-      exchange.write(rows, list.n - first, width, moments + c, count);
+      for (unsigned left = any; left;) {
+        const int k = kWarp - 1 - __clz(left);
+        left ^= 1u << k;
+        const Splat<A> splat = batch.splat[step + k];
+        const A alpha = memory[k].alpha[threadIdx.x], weight = memory[k].weight[threadIdx.x];
+        const A dx = splat.x - pixel.x, dy = splat.y - pixel.y;
+        const A excess = memory[k].shade[threadIdx.x] - behind;
+        behind += alpha > 0 ? alpha * excess : A(0);
+        const A h = weight > 0 && alpha < scene.max_alpha ? weight * excess : A(0);
+        A moment[] = {h, h * dx, h * dx * dx, h * dy, h * dx * dy, h * dy * dy};
+        exchange.put(k, 0, moment);
+        if (!scene.absolute) continue;
+        A absolute[] = {std::abs(h * (2 * splat.half_a * dx + splat.b * dy)),
+                        std::abs(h * (splat.b * dx + 2 * splat.half_c * dy))};
+        exchange.put(k, kMoments, absolute);
+      }
+      int64_t c = 0;
+      do {
+        if (several) go_to(c);
+        for (unsigned left = any; left; left &= left - 1) {
+          const int k = __ffs(left) - 1;
+          A own[kChannels];
+#pragma unroll
+          for (int i = 0; i < kChannels; ++i) {
+            own[i] = memory[k].weight[threadIdx.x] * d_channel[i];
+            if (d.median && c + i == D && halfway == place + k) own[i] += d_median;
+          }
+          exchange.put(k, Exchange::kFirstChannel, own);
+        }
+        exchange.write(partial + place * width, here - step, width, c == 0 ? moments : 0,
+                       moments + c, C - c, any);
+        c += kChannels;
+      } while (c < C);
     }
   }
 }
@@ -398,13 +462,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
                                 data<A>(d_median)};
     const int64_t tiles = scene.tiles(), ID = scene.I * scene.D;
     const int threads = threads_of(tile_size);
-    const Tensor kept = empty(means2d, {scene.M / kBatch + tiles, threads}, dtype_of(means2d));
+    const Tensor kept = empty(means2d, {scene.M / kStep<A> + tiles, threads}, dtype_of(means2d));
     const Tensor sums = empty(means2d, {scene.M, scene.sums()}, dtype_of(means2d));
     A* const partial = mutable_data<A>(sums);
     A* const of_tiles = mutable_data<A>(d.background_of_tiles);
     A* const d_background = mutable_data<A>(d.background);
-    launch({tiles, threads, 0, device.stream()}, composite_tiles_bwd_kernel<T>, scene, d_outputs,
-           mutable_data<A>(kept), partial, of_tiles, of_tiles ? nullptr : d_background);
+    launch({tiles, threads, 0, device.stream()},
+           scene.channels() <= 4 ? composite_tiles_bwd_kernel<4, T>
+                                 : composite_tiles_bwd_kernel<16, T>,
+           scene, d_outputs, mutable_data<A>(kept), partial, of_tiles,
+           of_tiles ? nullptr : d_background);
     launch({(scene.P + kWarps - 1) / kWarps, kBlock, 0, device.stream()},
            composite_tiles_bwd_splats_kernel<T>, scene, data<int64_t>(sorted),
            data<int64_t>(places), partial, d.outgoing<T>());

@@ -10,9 +10,9 @@
 namespace rayfuse {
 
 // Splats of a list in shared memory at a time.
-constexpr int kBatch = 16;
+constexpr int kBatch = 32;
 // Threads that look at the channels of a splat together.
-constexpr int kTeam = 16;
+constexpr int kTeam = 8;
 
 // A list within flatten_ids and ids of splats, whatever the tensors hold.
 struct List {
@@ -59,30 +59,43 @@ struct Pixel {
   }
 };
 
-// Splats of a list in shared memory; those that are passed over have opacity 0.
+// A splat as pixels read it, in two vectors; one that is passed over reaches nothing.
+template <class A>
+struct alignas(16) Splat {
+  A x, y;
+  A half_a, b, half_c;  // of its conic
+  A opacity;
+  A reach;  // alpha is less than min_alpha wherever sigma is greater
+
+  __device__ A sigma(A dx, A dy) const {
+    // as it is fused, so that all passes over a list agree to the bit
+    return fma(half_a * dx, dx, dy * fma(half_c, dy, b * dx));
+  }
+};
+
+// Splats of a list in shared memory.
 template <class T>
 struct Batch {
   using A = accumulator<T>;
 
-  A x[kBatch], y[kBatch], a[kBatch], b[kBatch], c[kBatch], opacity[kBatch];
+  Splat<A> splat[kBatch];
   int64_t id[kBatch];
 
   // All threads of the block, kTeam for a splat.
-  __device__ void load(const Scene<T>& scene, int64_t first, int64_t count) {
+  __device__ void load(const Scene<T>& scene, int64_t first, int count) {
     const int lane = threadIdx.x % kTeam;
     for (int k = threadIdx.x / kTeam; k < kBatch; k += blockDim.x / kTeam) {
       const bool listed = k < count;
       const int64_t own = listed ? splat_at(scene, first + k) : 0;
-      A own_x = 0, own_y = 0, own_a = 0, own_b = 0, own_c = 0, own_opacity = 0, nothing = 0;
+      Splat<A> here = {};
+      A nothing = 0;
       if (listed) {
-        own_x = scene.means2d[2 * own];
-        own_y = scene.means2d[2 * own + 1];
-        own_a = scene.conics[3 * own];
-        own_b = scene.conics[3 * own + 1];
-        own_c = scene.conics[3 * own + 2];
-        own_opacity = scene.opacities[own];
+        const A* const mean = scene.means2d + 2 * own;
+        const A* const conic = scene.conics + 3 * own;
+        here = {mean[0], mean[1], conic[0] / 2, conic[1], conic[2] / 2, scene.opacities[own], -1};
         // what is not finite, times 0, is NaN
-        nothing = 0 * (own_x + own_y + own_a + own_b + own_c + own_opacity);
+        nothing = 0 * (mean[0] + mean[1] + conic[0] + conic[1] + conic[2] + here.opacity);
+#pragma unroll 2
         for (int64_t d = lane; d < scene.channels(); d += kTeam) {
           nothing += 0 * channel_of(scene, own, d);
         }
@@ -92,23 +105,20 @@ struct Batch {
         nothing += __shfl_xor_sync(kAllLanes, nothing, lanes);
       }
       if (lane > 0) continue;
-      const bool seen = nothing == 0;
+      // with more than what the logarithm and exp round off
+      const A reach = std::log(here.opacity / scene.min_alpha) + A(1e-4);
+      here.reach = listed && nothing == 0 ? reach : A(-1);
+      splat[k] = here;
       id[k] = own;
-      x[k] = seen ? own_x : A(0);
-      y[k] = seen ? own_y : A(0);
-      a[k] = seen ? own_a : A(0);
-      b[k] = seen ? own_b : A(0);
-      c[k] = seen ? own_c : A(0);
-      opacity[k] = seen ? own_opacity : A(0);
     }
   }
 
   __device__ A alpha(const Scene<T>& scene, int k, const Pixel<T>& pixel) const {
-    const A dx = x[k] - pixel.x, dy = y[k] - pixel.y;
-    const A sigma = A(0.5) * (a[k] * dx * dx + c[k] * dy * dy) + b[k] * dx * dy;
-    const A most = opacity[k] * std::exp(-sigma);
-    return sigma >= 0 && most >= scene.min_alpha ? (most < scene.max_alpha ? most : scene.max_alpha)
-                                                 : A(0);
+    const Splat<A> own = splat[k];
+    const A sigma = own.sigma(own.x - pixel.x, own.y - pixel.y);
+    if (!(sigma >= 0 && sigma <= own.reach)) return 0;
+    const A most = own.opacity * std::exp(-sigma);
+    return most >= scene.min_alpha ? min(most, scene.max_alpha) : A(0);
   }
 };
 
