@@ -41,14 +41,14 @@ __device__ void for_each_packed_ray(const int64_t* offsets, int64_t R, int64_t P
 }
 
 // Calls f(k) for the samples of no ray, of which there are none unless the offsets are wrong: what
-// rays rise through from offsets[0] to offsets[R] they own.
+// rays rise through from offsets[0] to offsets[R] they own. One block looks for them, so that no
+// other waits for these offsets.
 template <class F>
 __device__ void for_each_stray_sample(const int64_t* offsets, int64_t R, int64_t P, const F& f) {
-  const int64_t threads = int64_t{gridDim.x} * blockDim.x;
-  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (blockIdx.x > 0) return;
   const int64_t first = min(offsets[0], P), last = max(offsets[R], int64_t{0});
-  for (int64_t k = thread; k < first; k += threads) f(k);
-  for (int64_t k = last + thread; k < P; k += threads) f(k);
+  for (int64_t k = threadIdx.x; k < first; k += blockDim.x) f(k);
+  for (int64_t k = last + threadIdx.x; k < P; k += blockDim.x) f(k);
 }
 
 // Where the tiles of a ray that begins at k start: whole sectors of every type before.

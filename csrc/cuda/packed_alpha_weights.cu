@@ -11,7 +11,7 @@ namespace rayfuse {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
     packed_alpha_weights_fwd_kernel(int64_t R, int64_t P,
                                     const T* __restrict__ alpha,               // [P]
                                     const int64_t* __restrict__ offsets,       // [R+1]
@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       tile.load(alpha, alpha_here);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
+        if (!tile.reaches(i)) break;
         const A light_i = passed.add(team, 1 - alpha_here[i]);
         tile.store(w, i, light_i * alpha_here[i]);
         tile.store(light, i, light_i);
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kBlock, 1)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
     packed_alpha_weights_bwd_kernel(int64_t R, int64_t P,
                                     const accumulator<T>* __restrict__ d_w,          // [P] or null
                                     const accumulator<T>* __restrict__ d_light,      // [P] or null
@@ -65,9 +66,12 @@ __global__ void __launch_bounds__(kBlock, 1)
           if (d_w) tile.load(d_w, d_w_here);
           if (d_light) tile.load(d_light, d_light_here);
 #pragma unroll
-          for (int i = 0; i < kItems; ++i) light[i] = passed.add(team, 1 - alpha_here[i]);
+          for (int i = 0; i < kItems; ++i) {
+            if (tile.reaches(i)) light[i] = passed.add(team, 1 - alpha_here[i]);
+          }
 #pragma unroll
           for (int i = kItems - 1; i >= 0; --i) {
+            if (!tile.reaches(i)) continue;
             const A later = behind.add(
                 team, {1 - alpha_here[i], d_w_here[i] * alpha_here[i] + d_light_here[i]});
             tile.store(d_alpha, i, light[i] * (d_w_here[i] - later));

@@ -33,25 +33,27 @@ struct Samples {
     tile.load(all.t_ends, ends);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
+      if (!tile.reaches(i)) break;
       edges[i][0] = starts[i];
       edges[i][1] = ends[i];
       x[i] = medium(i).depth(0);
-      const bool last = tile.place(i) == tile.ray.end - 1;
-      if (x[i] > kOpaque<A> || (last && all.opaque_background)) x[i] = kOpaque<A>;
+      if (x[i] > kOpaque<A> || (tile.is_last(i) && all.opaque_background)) x[i] = kOpaque<A>;
     }
   }
   __device__ Medium<A> medium(int i) const { return {edges[i], &sigma[i]}; }
 
   // Fills depth, what lies before each sample.
-  template <int kThreads>
-  __device__ void scan(const Team<kThreads>& team, Running<A, false>& depths) {
+  template <class Tile>
+  __device__ void scan(const Tile& tile, Running<A, false>& depths) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) depth[i] = depths.add(team, x[i]);
+    for (int i = 0; i < kItems; ++i) {
+      if (tile.reaches(i)) depth[i] = depths.add(tile.team, x[i]);
+    }
   }
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
     packed_ray_weights_fwd_kernel(int64_t R, int64_t P, Densities<T> all,
                                   const int64_t* __restrict__ offsets,       // [R+1]
                                   accumulator<T>* __restrict__ w,            // [P]
@@ -63,9 +65,10 @@ __global__ void __launch_bounds__(kBlock, 1)
     Running<A, false> depths;
     for_each_tile(team, ray, false, [&](const PackedTile<kThreads>& tile) {
       Samples<A> samples(tile, all);
-      samples.scan(team, depths);
+      samples.scan(tile, depths);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
+        if (!tile.reaches(i)) break;
         const A light_i = exp_of(-samples.depth[i]);
         tile.store(w, i, light_i * -expm1_of(-samples.x[i]));
         tile.store(light, i, light_i);
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(kBlock, 1)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
     packed_ray_weights_bwd_kernel(int64_t R, int64_t P,
                                   const accumulator<T>* __restrict__ d_w,          // [P] or null
                                   const accumulator<T>* __restrict__ d_light,      // [P] or null
@@ -99,19 +102,20 @@ __global__ void __launch_bounds__(kBlock, 1)
     Running<A, true> behind;
     there_and_back<Depths>(
         team, ray, false, kept,
-        [&](const Tile& tile, Depths& depths) { Samples<A>(tile, all).scan(team, depths); },
+        [&](const Tile& tile, Depths& depths) { Samples<A>(tile, all).scan(tile, depths); },
         [&](const Tile& tile, Depths& depths) {
           A d_w_here[kItems] = {}, d_light_here[kItems] = {};
           if (d_w) tile.load(d_w, d_w_here);
           if (d_light) tile.load(d_light, d_light_here);
           Samples<A> samples(tile, all);
-          samples.scan(team, depths);
+          samples.scan(tile, depths);
           // the last tile knows how deep the ray is
           if (d_remaining && tile.first + Tile::kSize >= ray.end) {
             behind.sum = d_remaining[ray.index] * exp_of(-depths.sum);
           }
 #pragma unroll
           for (int i = kItems - 1; i >= 0; --i) {
+            if (!tile.reaches(i)) continue;
             const A x = samples.x[i], light_i = exp_of(-samples.depth[i]);
             const A w_i = light_i * -expm1_of(-x);
             const A later = behind.add(team, d_w_here[i] * w_i + d_light_here[i] * light_i);

@@ -13,7 +13,7 @@ namespace rayfuse {
 namespace {
 
 template <bool is_product, class T, class U>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
     packed_scan_fwd_kernel(int64_t R, int64_t P, bool exclusive, bool reverse,
                            const T* __restrict__ x,              // [P]
                            const int64_t* __restrict__ offsets,  // [R+1]
@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       tile.load(x, x_here, A(is_product));
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
+        if (!tile.reaches(i)) break;
         const A before = running.add(team, x_here[i]);
         const A including = is_product ? before * x_here[i] : before + x_here[i];
         tile.store(y, i, exclusive ? before : including);
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kBlock, 1)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
     packed_scan_bwd_kernel(int64_t R, int64_t P, bool exclusive, bool reverse,
                            const accumulator<T>* __restrict__ d_y,  // [P]
                            const T* __restrict__ x,                 // [P]
@@ -61,9 +62,12 @@ __global__ void __launch_bounds__(kBlock, 1)
           tile.load(x, x_here, A(1));
           tile.load(d_y, d_y_here);
 #pragma unroll
-          for (int i = 0; i < kItems; ++i) before[i] = product.add(team, x_here[i]);
+          for (int i = 0; i < kItems; ++i) {
+            if (tile.reaches(i)) before[i] = product.add(team, x_here[i]);
+          }
 #pragma unroll
           for (int i = kItems - 1; i >= 0; --i) {
+            if (!tile.reaches(i)) continue;
             const A given = exclusive ? d_y_here[i] : x_here[i] * d_y_here[i];
             const A later = behind.add(team, {x_here[i], given});
             tile.store(d_x, i, before[i] * (exclusive ? later : d_y_here[i] + later));

@@ -14,14 +14,18 @@ namespace rayfuse {
 
 // Samples of a thread that are loaded before the first is used.
 constexpr int kItems = 4;
+// Blocks that the registers of an SM must suffice for.
+template <class T>
+constexpr int kPackedBlocks = 16 / sizeof(accumulator<T>);
 
 // One block at least, for samples of no ray.
 inline Grid packed_grid(int64_t R, cudaStream_t stream) {
   return {std::max<int64_t>(packed_blocks(R), 1), kBlock, 0, stream};
 }
 
-// kItems samples of each thread, from place `first` on. Places count along the scan, which takes
-// the samples of its ray from begin to end, or reversed from end to begin.
+// kItems samples of each thread, from place `first` on: rows of a sample of each. Places count
+// along the scan, which takes the samples of its ray from begin to end, or reversed from end to
+// begin.
 template <int kThreads>
 struct PackedTile {
   static constexpr int kSize = kThreads * kItems;
@@ -30,6 +34,9 @@ struct PackedTile {
   const PackedRay& ray;
   const bool reverse;
   const int64_t first;
+  // where in the tile the ray begins and ends, in 32 bits; behind the tile it is kSize + 1
+  const int begin = static_cast<int>(max(ray.begin - first, int64_t{0}));
+  const int end = static_cast<int>(min(ray.end - first, int64_t{kSize + 1}));
 
   // Where the tiles of a ray start: at whole sectors of every type.
   __device__ static int64_t first_of(const PackedRay& ray, bool reverse) {
@@ -37,29 +44,30 @@ struct PackedTile {
     return ray.begin + ray.end - first_tile(ray.end - 1) - kSector<half>;
   }
 
-  __device__ int64_t place(int i) const { return first + i * kThreads + team.rank; }
-  __device__ bool has(int i) const { return ray.has(place(i)); }
+  // Whether the ray reaches a row, the same for the whole team: most rays are shorter than a tile.
+  __device__ bool reaches(int i) const { return i * kThreads < end; }
+  __device__ int place(int i) const { return i * kThreads + team.rank; }
+  __device__ bool has(int i) const { return begin <= place(i) && place(i) < end; }
+  __device__ bool is_last(int i) const { return place(i) == end - 1; }
   __device__ int64_t sample_at(int64_t place) const {
     return reverse ? ray.begin + ray.end - 1 - place : place;
   }
 
+  // What an array has of this thread's sample in row i.
+  template <class T>
+  __device__ T& at(T* array, int i) const {
+    return array[sample_at(first + team.rank) + (reverse ? -i : i) * kThreads];
+  }
   // Those outside of the ray are `outside`.
   template <class T>
   __device__ void load(const T* from, accumulator<T> (&to)[kItems],
                        accumulator<T> outside = 0) const {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      to[i] = outside;
-      // all lanes read, so that the warp's requests stay whole
-      if (first + i * kThreads >= ray.end) continue;
-      const int64_t here = min(max(place(i), ray.begin), ray.end - 1);
-      const accumulator<T> x = widen(from[sample_at(here)]);
-      if (has(i)) to[i] = x;
-    }
+    for (int i = 0; i < kItems; ++i) to[i] = has(i) ? widen(at(from, i)) : outside;
   }
   template <class T>
   __device__ void store(T* to, int i, accumulator<T> x) const {
-    if (has(i)) to[sample_at(place(i))] = narrow<T>(x);
+    if (has(i)) at(to, i) = narrow<T>(x);
   }
 };
 
