@@ -14,13 +14,18 @@ class LevelledSum {
  public:
   __device__ void add(A x) {
     if (terms_++ == kInLevel) {
-      const A term = near_ - lost_, sum = far_ + term;
-      lost_ = (sum - far_) - term;
-      far_ = sum;
-      near_ = 0;
+      close();
       terms_ = 1;
     }
     near_ += x;
+  }
+  // Adds x y, for callers that close each level themselves.
+  __device__ void add_product(A x, A y) { near_ = fma(x, y, near_); }
+  __device__ void close() {
+    const A term = near_ - lost_, sum = far_ + term;
+    lost_ = (sum - far_) - term;
+    far_ = sum;
+    near_ = 0;
   }
   __device__ A total() const { return far_ + near_; }
 

@@ -23,11 +23,12 @@ inline int64_t packed_blocks(int64_t R) { return (R + kPackedRays - 1) / kPacked
 // lie inside of the P samples.
 template <class Visit>
 __device__ void for_each_packed_ray(const int64_t* offsets, int64_t R, int64_t P,
-                                    const Visit& visit) {
+                                    const Visit& visit, int rays = kPackedRays,
+                                    int64_t short_ray = kShortRay) {
   const Team<kWarp> warp;
-  const int64_t first = int64_t{blockIdx.x} * kPackedRays;
+  const int64_t first = int64_t{blockIdx.x} * rays;
   int64_t begin = 0;
-  if (warp.lane <= kPackedRays) begin = offsets[min(first + warp.lane, R)];
+  if (warp.lane <= rays) begin = offsets[min(first + warp.lane, R)];
   begin = min(max(begin, int64_t{0}), P);
   const int64_t end = max(begin, int64_t{__shfl_down_sync(kAllLanes, begin, 1)});
   // the same in every warp: lane i knows ray i
@@ -35,8 +36,8 @@ __device__ void for_each_packed_ray(const int64_t* offsets, int64_t R, int64_t P
     return PackedRay{first + i, __shfl_sync(kAllLanes, begin, i), __shfl_sync(kAllLanes, end, i)};
   };
   const PackedRay own = ray(warp.index);
-  if (own.index < R && own.end - own.begin <= kShortRay) visit(warp, own);
-  unsigned longs = __ballot_sync(kAllLanes, warp.lane < kPackedRays && end - begin > kShortRay);
+  if (warp.index < rays && own.index < R && own.end - own.begin <= short_ray) visit(warp, own);
+  unsigned longs = __ballot_sync(kAllLanes, warp.lane < rays && end - begin > short_ray);
   for (; longs; longs &= longs - 1) visit(Team<kBlock>(), ray(__ffs(longs) - 1));
 }
 

@@ -1,12 +1,17 @@
-// The features f [S, C] of a block's rays, on chip a tile of samples at a time: their sums with the
-// weights w [S], and what the gradients g [C] of these give back, d_w_s = <g, f_s>, d_f_s = w_s g.
-// A block owns one ray, or several short ones that lie end to end as one list of samples.
+// The features f [S, C] of a ray: their sums with the weights w [S], and what the gradients g [C]
+// of these give back, d_w_s = <g, f_s>, d_f_s = w_s g. A team owns a ray. Its threads stand in
+// rows: those of a row go along the channels of a sample, four each, and rows take samples in turn,
+// eight at a time, so that a warp reads and writes whole pieces of memory and waits for many at
+// once. Nothing depends on the type of f but how it is read and written: the sums of halves are
+// those of floats to the bit, for which products that are added up are fused by name.
 #pragma once
 
 #include "launch.h"
-#include "rays.h"
+#include "levelled_sum.h"
+#include "packed.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace rayfuse {
 
@@ -53,232 +58,345 @@ __device__ void set_value(const MutableValues& x, int64_t i, A value) {
   });
 }
 
-// ---- how a kernel goes over the rays
+// ---- how the threads stand
 
-// Values of f on chip at once: 16 KB.
-template <class A>
-constexpr int kTileValues = 16384 / sizeof(A);
-// Blocks of several rays take half of that, so that there are more of them.
-template <class A>
-constexpr int kSharedTileValues = kTileValues<A> / 2;
-constexpr int kMaxRays = 32;
-constexpr int kMaxTileSamples = 1024;
+constexpr int kChannels = 4;  // of a thread
 
-struct Shape {
-  int64_t R, S;
+struct FeatureShape {
   int C;
-  int rays;     // of a block
-  int samples;  // of a tile
-  int columns;  // threads side by side at the sums of all rays and channels, before a group repeats
-  int groups;   // of columns, each with some of the samples
-  int lanes;    // threads that share a sum over channels
+  int log_lanes = 0;  // of a row
 
-  template <class A>
-  static Shape of(int64_t R, int64_t S, int64_t C) {
-    const auto at_most = [](int64_t x, int64_t most) {
-      return static_cast<int>(std::max<int64_t>(std::min(x, most), 1));
-    };
-    Shape shape = {R, S, static_cast<int>(C), 1, 1, 1, 1, 1};
-    shape.rays = at_most(kSharedTileValues<A> / std::max<int64_t>(S * C, 1), kMaxRays);
-    shape.samples = at_most(kTileValues<A> / std::max<int64_t>(C, 1), kMaxTileSamples);
-    if (shape.rays > 1 && shape.rays * S > shape.samples) {
-      shape.rays = at_most(shape.samples / S, kMaxRays);
-    }
-    const int64_t sums = shape.rays * C;
-    while (shape.columns < sums && shape.columns < kBlock) shape.columns *= 2;
-    shape.groups = kBlock / shape.columns;
-    if (shape.groups == 1) shape.columns = static_cast<int>(sums);
-    while (shape.lanes < C && shape.lanes < kWarp) shape.lanes *= 2;
-    return shape;
+  explicit FeatureShape(int64_t C) : C(static_cast<int>(C)) {
+    while (kChannels << log_lanes < C && 1 << log_lanes < kWarp) ++log_lanes;
   }
 
-  // Whether the sums over samples do not fit on chip: then they are in global memory.
-  template <class A>
-  __host__ __device__ bool is_wide() const {
-    return C > kTileValues<A>;
-  }
-  __host__ __device__ int sums() const { return groups > 1 ? kBlock : columns; }
-  template <class A>
-  __host__ __device__ int sums_on_chip() const {
-    return is_wide<A>() ? 0 : (sums() + 3) / 4 * 4;
-  }
-
-  template <class A>
-  size_t shared_bytes() const {
-    const int f = chip_size<half>(samples * std::min(C, kTileValues<A>));
-    return (sums_on_chip<A>() + f + 2 * chip_size<half>(samples)) * sizeof(A);
-  }
-  template <class A>
-  Grid grid(cudaStream_t stream) const {
-    return {(R + rays - 1) / rays, kBlock, shared_bytes<A>(), stream};
+  // Samples of the longest ray of a warp: none of its threads adds up more than a level of terms.
+  int64_t short_ray() const {
+    const int64_t of_a_row = kChannels << log_lanes;
+    return (kInLevel * kWarp >> log_lanes) / std::max<int64_t>((C + of_a_row - 1) / of_a_row, 1);
   }
 };
 
-// Samples row .. row + rows of the block's list, with their channels from c on.
+enum class Layout {
+  kVectors,     // a thread has four neighbours, in one access
+  kNeighbours,  // in four, as memory begins inside of a vector
+  kStrided,     // its channels are a row's lanes apart, as C is no multiple of four
+};
+
+// Calls body<layout>() for arrays of rows of C channels.
+template <class F, class... T>
+__device__ void with_layout(int C, const F& body, const T*... arrays) {
+  if (C % kChannels != 0) {
+    body.template operator()<Layout::kStrided>();
+  } else if ((reinterpret_cast<uintptr_t>(arrays) | ...) % 16 != 0) {
+    body.template operator()<Layout::kNeighbours>();
+  } else {
+    body.template operator()<Layout::kVectors>();
+  }
+}
+
+// The channels of a thread.
+template <class T>
+union Quad {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  static constexpr int kParts = kChannels * sizeof(T) / sizeof(Bits);
+
+  __device__ Quad() : bits() {}
+
+  Bits bits[kParts];
+  T value[kChannels];
+};
+
+// Sums over the warps of a block, of which each has lanes `first` with numbers of their own.
 template <class A>
-struct Tile {
-  int64_t row;
-  int rows, c, channels;
-  const A *w, *f;  // [rows], [rows, channels]
-};
+__device__ void add_warps(Quad<A>& sums, int lane, bool first) {
+  constexpr int kWarps = kBlock / kWarp;
+  __shared__ __align__(16) A warps[kWarps][kWarp][kChannels];
+  __syncthreads();
+  if (first) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) warps[threadIdx.x / kWarp][lane][i] = sums.value[i];
+  }
+  __syncthreads();
+  sums = {};
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) sums.value[i] += warps[warp][lane][i];
+  }
+}
 
-template <int kThreads, class T>
+template <int kThreads, Layout layout, class T>
 class Features {
  public:
   using A = accumulator<T>;
+  // Samples of a thread in flight, and where they are written as well: registers are what bounds
+  // them, of values, or of the addresses of single ones.
+  static constexpr int kDepth = layout == Layout::kVectors ? 32 / sizeof(A) : 2;
+  static constexpr int kSpreadDepth = kDepth / 2;
 
-  const int64_t first;  // ray
-  const int count;      // of rays
-  A* const sums;        // [count, C]
-
-  // `wide_sums` [R, C] is where the sums go that do not fit on chip.
-  __device__ Features(const Shape& shape, const Values& w, const T* f, A* wide_sums)
-      : first(int64_t{blockIdx.x} * shape.rays),
-        count(static_cast<int>(min(shape.R - first, int64_t{shape.rays}))),
-        sums(shape.is_wide<A>() ? wide_sums + first * shape.C
-                                : reinterpret_cast<A*>(shared_memory)),
-        shape_(shape),
+  __device__ Features(const Team<kThreads>& team, const FeatureShape& shape, const PackedRay& ray,
+                      const Values& w, const T* f)
+      : team_(team),
+        C_(shape.C),
+        lanes_(1 << shape.log_lanes),
+        lane_(team.rank & (lanes_ - 1)),
+        row_(team.rank >> shape.log_lanes),
+        rows_(kThreads >> shape.log_lanes),
+        begin_(ray.begin),
+        end_(ray.end),
         w_(w),
-        f_(f),
-        w_chip_(reinterpret_cast<A*>(shared_memory) + shape.sums_on_chip<A>()),
-        d_w_chip_(w_chip_ + chip_size<half>(shape.samples)),
-        f_chip_(d_w_chip_ + chip_size<half>(shape.samples)) {}
+        f_(f) {}
 
-  // Calls f(i, c) for the sums of all rays and channels; i counts them from the first ray's on.
-  template <class F>
-  __device__ void for_sums(const F& f) const {
-    for (int i = threadIdx.x; i < count * shape_.C; i += kThreads) f(i, i % shape_.C);
+  __device__ bool is_first_row() const { return row_ == 0; }
+  __device__ int channel(int first, int i) const {
+    return layout == Layout::kStrided ? first + i * lanes_ + lane_ : first + lane_ * kChannels + i;
   }
 
-  // sums = sum_s w_s f_s, for all threads.
-  __device__ void add_up() {
-    const int C = shape_.C, all = shape_.sums();
-    if (C == 0) return;
-    for (int i = threadIdx.x; i < all; i += kThreads) sums[i] = 0;
-    for_tiles(true, [&](const Tile<A>& tile) {
-      for (int i = threadIdx.x; i < all; i += kThreads) {
-        const int column = i % shape_.columns, group = i / shape_.columns;
-        const int ray = column / C, c = column % C - tile.c;
-        if (ray >= count || c < 0 || c >= tile.channels) continue;
-        const int begin = static_cast<int>(max(ray * shape_.S - tile.row, int64_t{0}));
-        const int end = static_cast<int>(min((ray + 1) * shape_.S - tile.row, int64_t{tile.rows}));
-        A sum = 0;
-        for (int s = begin + group; s < end; s += shape_.groups) {
-          sum += tile.w[s] * tile.f[s * tile.channels + c];
-        }
-        sums[i] += sum;
+  // Calls visit(first) for pieces of the channels, from `first` on: four of each thread of a row.
+  template <class F>
+  __device__ void for_pieces(const F& visit) const {
+    for (int first = 0; first < C_; first += lanes_ * kChannels) visit(first);
+  }
+
+  // The thread's channels of a row [C]; 0 for those that do not exist.
+  template <class X>
+  __device__ void read(const X* row, int first, Quad<X>& x) const {
+    if constexpr (layout == Layout::kVectors) {
+      if (channel(first, 0) >= C_) return;
+      const auto* const from =
+          reinterpret_cast<const typename Quad<X>::Bits*>(row + channel(first, 0));
+#pragma unroll
+      for (int p = 0; p < Quad<X>::kParts; ++p) x.bits[p] = __ldg(from + p);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        if (channel(first, i) < C_) x.value[i] = row[channel(first, i)];
       }
-    });
-    __syncthreads();
-    if (shape_.groups > 1) {
-      for_sums([&](int i, int) {
-        A sum = 0;
-        for (int group = 0; group < shape_.groups; ++group) sum += sums[group * shape_.columns + i];
-        sums[i] = sum;
-      });
-      __syncthreads();
+    }
+  }
+  template <class X>
+  __device__ void write(X* row, int first, const Quad<X>& x) const {
+    if constexpr (layout == Layout::kVectors) {
+      if (channel(first, 0) >= C_) return;
+      auto* const to = reinterpret_cast<typename Quad<X>::Bits*>(row + channel(first, 0));
+#pragma unroll
+      for (int p = 0; p < Quad<X>::kParts; ++p) __stwb(to + p, x.bits[p]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        if (channel(first, i) < C_) row[channel(first, i)] = x.value[i];
+      }
     }
   }
 
-  // d_w_s = <g, f_s>, d_f_s = w_s g
-  __device__ void spread(const A* g,  // [count, C]
-                         const MutableValues& d_w, T* d_f) {
-    for_tiles(d_w.data, [&](const Tile<A>& tile) {
-      const int64_t row = first * shape_.S + tile.row;
-      if (d_f) store_d_f(tile, g, d_f + row * shape_.C + tile.c);
-      if (!d_w.data) return;
-      with_type<A>(d_w.element, [&](auto type) {
-        using W = decltype(type);
-        W* const to = static_cast<W*>(d_w.data) + row;
-        A* const d_w_here = on_chip(d_w_chip_, static_cast<const W*>(to));
-        sum_over(
-            tile.rows, tile.channels,
-            [&](int s, int c) {
-              return g[ray_of(tile, s) * shape_.C + tile.c + c] * tile.f[s * tile.channels + c];
-            },
-            [&](int s, A sum) { d_w_here[s] = tile.c ? d_w_here[s] + sum : sum; });
-        __syncthreads();
-        if (tile.c + tile.channels == shape_.C) store(to, d_w_here, tile.rows);
-      });
-    });
+  // sums = sum_s w_s f_s of a piece, in the threads of all rows. Returns where the last samples
+  // begin, which `tile` holds.
+  __device__ int64_t add_up(int first, Quad<T> (&tile)[kDepth], Quad<A>& sums) const {
+    LevelledSum<A> levels[kChannels];
+    int tiles = 0;
+    int64_t last = begin_ - 1;
+    for (int64_t k = begin_; k < end_; k += kDepth * rows_) {
+      A w[kDepth];
+      load_weights(k, w);
+      load(k, first, tile);
+#pragma unroll
+      for (int j = 0; j < kDepth; ++j) {
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) levels[i].add_product(w[j], widen(tile[j].value[i]));
+      }
+      if (kThreads > kWarp && ++tiles % (kInLevel / kDepth) == 0) {
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) levels[i].close();
+      }
+      last = k;
+    }
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) sums.value[i] = levels[i].total();
+    add_rows(sums);
+    return last;
   }
 
-  // Calls result(row, sum of value(row, i) over i < n) for some rows.
-  template <class V, class F>
-  __device__ void sum_over(int rows, int n, const V& value, const F& result) const {
-    const int lanes = shape_.lanes, lane = threadIdx.x % lanes;
-    for (int begin = 0; begin < rows; begin += kThreads / lanes) {
-      const int row = begin + threadIdx.x / lanes;
-      A sum = 0;
-      for (int i = lane; row < rows && i < n; i += lanes) sum += value(row, i);
-      for (int places = lanes / 2; places > 0; places /= 2) {
-        sum += __shfl_xor_sync(kAllLanes, sum, places);
-      }
-      if (row < rows && lane == 0) result(row, sum);
+  // product_s = <e, f_s>, of which each piece adds its part. From the last samples on, which are
+  // still in `tile`; those before are still in cache.
+  __device__ void multiply(int first, int64_t last, Quad<T> (&tile)[kDepth], const Quad<A>& e,
+                           A* product) const {
+    for (int64_t k = last; k >= begin_; k -= kDepth * rows_) {
+      if (k != last) load(k, first, tile);
+      A dots[kDepth] = {};
+      add_products(e, tile, dots);
+      sum_of_lanes(dots);
+      for_samples<kDepth>(k, [&](int j, int s) {
+        if (lane_ == 0) product[k + s] = first ? product[k + s] + dots[j] : dots[j];
+      });
+    }
+  }
+
+  // d_w_s = <g, f_s>, d_f_s = w_s g with g = scale row
+  __device__ void spread(const A* row, A scale, const MutableValues& d_w, T* d_f) const {
+    for (int64_t k = begin_; k < end_; k += kSpreadDepth * rows_) {
+      A w[kSpreadDepth], dots[kSpreadDepth] = {};
+      if (d_f) load_weights(k, w);
+      for_pieces([&](int first) {
+        Quad<A> g;
+        read(row, first, g);
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) g.value[i] *= scale;
+        Quad<T> tile[kSpreadDepth];
+        if (d_w.data) load(k, first, tile);
+        if (d_f) {
+          for_samples<kSpreadDepth>(k, [&](int j, int s) {
+            Quad<T> x;
+#pragma unroll
+            for (int i = 0; i < kChannels; ++i) x.value[i] = narrow<T>(w[j] * g.value[i]);
+            write(d_f + k * C_ + int64_t{s} * C_, first, x);
+          });
+        }
+        if (d_w.data) add_products(g, tile, dots);
+      });
+      if (!d_w.data) continue;
+      sum_of_lanes(dots);
+      with_type<A>(d_w.element, [&](auto type) {
+        using W = decltype(type);
+        for_samples<kSpreadDepth>(k, [&](int j, int s) {
+          if (lane_ == 0) static_cast<W*>(d_w.data)[k + s] = narrow<W>(dots[j]);
+        });
+      });
+    }
+  }
+
+  // Sums over the threads of a row, for all of them.
+  template <int n>
+  __device__ void sum_of_lanes(A (&x)[n]) const {
+    for (int places = 1; places < lanes_; places *= 2) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) x[j] += __shfl_xor_sync(kAllLanes, x[j], places);
     }
   }
 
  private:
-  // Calls body(tile) for all tiles, for all threads; without f where it is not wanted.
-  template <class F>
-  __device__ void for_tiles(bool with_f, const F& body) {
-    const int64_t rows = count * shape_.S;
-    for (int64_t row = 0; row < rows; row += shape_.samples) {
-      Tile<A> tile = {
-          row, static_cast<int>(min(rows - row, int64_t{shape_.samples})), 0, 0, nullptr, nullptr};
-      with_type<A>(w_.element, [&](auto type) {
-        using W = decltype(type);
-        const W* const from = static_cast<const W*>(w_.data) + first * shape_.S + row;
-        A* const w_here = on_chip(w_chip_, from);
-        load(from, w_here, tile.rows);
-        tile.w = w_here;
-      });
-      // one piece, but for rows that are longer than a tile
-      do {
-        tile.channels = min(shape_.C - tile.c, kTileValues<A>);
-        const T* const from = f_ + (first * shape_.S + row) * shape_.C + tile.c;
-        A* const f_here = on_chip(f_chip_, from);
-        if (with_f && !is_there_) load(from, f_here, tile.rows * tile.channels);
-        tile.f = f_here;
-        __syncthreads();
-        body(tile);
-        __syncthreads();
-        tile.c += tile.channels;
-      } while (tile.c < shape_.C);
-    }
-    is_there_ = with_f && rows <= shape_.samples && shape_.C <= kTileValues<A>;
-  }
-
-  __device__ int ray_of(const Tile<A>& tile, int s) const {
-    return count > 1 ? static_cast<int>(tile.row + s) / static_cast<int>(shape_.S) : 0;
-  }
-
-  __device__ void store_d_f(const Tile<A>& tile, const A* g,
-                            T* to) const {  // [tile.rows, tile.channels]
-    const auto value = [&](int s, int c) {
-      return narrow<T>(tile.w[s] * g[ray_of(tile, s) * shape_.C + tile.c + c]);
-    };
-    for_each_vector(
-        static_cast<const T*>(to), tile.rows * tile.channels,
-        [&](int i) { to[i] = value(i / tile.channels, i % tile.channels); },
-        [&](int i) {
-          Vector<T> x;
-          int s = i / tile.channels, c = i % tile.channels;
+  // Calls visit(j, s) for those of n samples k + s of this row that exist.
+  template <int n, class F>
+  __device__ void for_samples(int64_t k, const F& visit) const {
+    const int left = static_cast<int>(min(end_ - k, int64_t{n * kThreads}));
 #pragma unroll
-          for (int j = 0; j < Vector<T>::kLanes; ++j) {
-            x.value[j] = value(s, c);
-            if (++c == tile.channels) c = 0, ++s;
-          }
-          __stwb(reinterpret_cast<uint4*>(to + i), x.bits);
-        });
+    for (int j = 0; j < n; ++j) {
+      const int s = j * rows_ + row_;
+      if (s < left) visit(j, s);
+    }
+  }
+  template <int n>
+  __device__ void load(int64_t k, int first, Quad<T> (&tile)[n]) const {
+    const T* const from = f_ + k * C_;
+#pragma unroll
+    for (int j = 0; j < n; ++j) tile[j] = {};
+    for_samples<n>(k, [&](int j, int s) { read(from + int64_t{s} * C_, first, tile[j]); });
+  }
+  template <int n>
+  __device__ void load_weights(int64_t k, A (&w)[n]) const {
+#pragma unroll
+    for (int j = 0; j < n; ++j) w[j] = 0;
+    with_type<A>(w_.element, [&](auto type) {
+      const auto* const from = static_cast<const decltype(type)*>(w_.data) + k;
+      for_samples<n>(k, [&](int j, int s) { w[j] = widen(from[s]); });
+    });
   }
 
-  const Shape shape_;
+  template <int n>
+  __device__ void add_products(const Quad<A>& g, const Quad<T> (&tile)[n], A (&dots)[n]) const {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        dots[j] = fma(g.value[i], widen(tile[j].value[i]), dots[j]);
+      }
+    }
+  }
+
+  // Sums over all rows, for the threads of each of them.
+  __device__ void add_rows(Quad<A>& sums) const {
+    for (int places = lanes_; places < kWarp; places *= 2) {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        sums.value[i] += __shfl_xor_sync(kAllLanes, sums.value[i], places);
+      }
+    }
+    if constexpr (kThreads > kWarp) add_warps(sums, lane_, team_.lane < lanes_);
+  }
+
+  const Team<kThreads>& team_;
+  const int C_, lanes_, lane_, row_, rows_;
+  const int64_t begin_, end_;
   const Values w_;
   const T* const f_;
-  A *const w_chip_, *const d_w_chip_, *const f_chip_;
-  // the only tile
-  bool is_there_ = false;
 };
+
+// ---- what kernels do with a ray
+
+// features = sum_s w_s f_s
+template <class T>
+struct Rendering {
+  using A = accumulator<T>;
+
+  FeatureShape shape;
+  Values w;     // [P]
+  const T* f;   // [P, C]
+  A* features;  // [R, C]
+
+  template <int kThreads>
+  __device__ void of_ray(const Team<kThreads>& team, const PackedRay& ray) const {
+    const auto body = [&]<Layout layout>() {
+      const Features<kThreads, layout, T> samples(team, shape, ray, w, f);
+      samples.for_pieces([&](int first) {
+        Quad<T> tile[samples.kDepth];
+        Quad<A> sums;
+        samples.add_up(first, tile, sums);
+        if (samples.is_first_row()) samples.write(features + ray.index * shape.C, first, sums);
+      });
+    };
+    with_layout(shape.C, body, f);
+  }
+};
+
+// d_w_s = <d_features, f_s>, d_f_s = w_s d_features
+template <class T>
+struct RenderingGradients {
+  using A = accumulator<T>;
+
+  FeatureShape shape;
+  const A* d_features;  // [R, C]
+  Values w;             // [P]
+  const T* f;           // [P, C]
+  MutableValues d_w;    // [P]
+  T* d_f;               // [P, C] or null
+
+  template <int kThreads>
+  __device__ void of_ray(const Team<kThreads>& team, const PackedRay& ray) const {
+    const auto body = [&]<Layout layout>() {
+      Features<kThreads, layout, T>(team, shape, ray, w, f)
+          .spread(d_features + ray.index * shape.C, A(1), d_w, d_f);
+    };
+    with_layout(shape.C, body, f, d_f, d_features);
+  }
+};
+
+// ---- dense rays, of S samples: a warp owns a short one, a block a long one
+
+template <int kThreads, class Work>
+__device__ void do_dense_ray(int64_t R, int64_t S, const Work& work) {
+  const Team<kThreads> team;
+  const int64_t r = int64_t{blockIdx.x} * (kBlock / kThreads) + team.index;
+  if (r < R) work.of_ray(team, {r, r * S, (r + 1) * S});
+}
+
+// Starts one of two kernels, that of warps or that of blocks.
+template <class Work>
+void launch_dense(cudaStream_t stream, void (*of_warps)(int64_t, int64_t, Work),
+                  void (*of_blocks)(int64_t, int64_t, Work), int64_t R, int64_t S,
+                  const std::type_identity_t<Work>& work) {
+  const bool is_short = S <= work.shape.short_ray();
+  const int64_t rays = is_short ? kBlock / kWarp : 1;
+  launch({(R + rays - 1) / rays, kBlock, 0, stream}, is_short ? of_warps : of_blocks, R, S, work);
+}
 
 }  // namespace rayfuse

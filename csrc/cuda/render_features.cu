@@ -1,37 +1,22 @@
 // Feature rendering: features = sum_s w_s f_s.
-// A block owns a ray, or several short ones, and takes a tile of samples on chip at a time.
-// Forward: one pass over f. Backward: one more, or none where no gradient to w is wanted: d_w_s =
-// <d_features, f_s>, d_f_s = w_s d_features.
+// A warp owns a ray, a block a long one, as ray_features.h says. Forward: one pass over f.
+// Backward: one more, or none where no gradient to w is wanted: d_w_s = <d_features, f_s>, d_f_s =
+// w_s d_features.
 #include "ray_features.h"
 
 namespace rayfuse {
 namespace {
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    render_features_fwd_kernel(Shape shape,
-                               Values w,                    // [R, S]
-                               const T* f,                  // [R, S, C]
-                               accumulator<T>* features) {  // [R, C]
-  Features<kThreads, T> rays(shape, w, f, features);
-  rays.add_up();
-  if (shape.is_wide<accumulator<T>>()) return;
-  rays.for_sums([&](int i, int) { features[rays.first * shape.C + i] = rays.sums[i]; });
+__global__ void __launch_bounds__(kBlock, 3)
+    render_features_fwd_kernel(int64_t R, int64_t S, Rendering<T> rendering) {
+  do_dense_ray<kThreads>(R, S, rendering);
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    render_features_bwd_kernel(Shape shape,
-                               const accumulator<T>* d_features,  // [R, C]
-                               Values w,                          // [R, S]
-                               const T* f,                        // [R, S, C]
-                               MutableValues d_w,                 // [R, S]
-                               T* d_f) {                          // [R, S, C] or null
-  Features<kThreads, T> rays(shape, w, f, nullptr);
-  const auto* const g = d_features + rays.first * shape.C;
-  const bool wide = shape.is_wide<accumulator<T>>();
-  if (!wide) rays.for_sums([&](int i, int) { rays.sums[i] = g[i]; });
-  rays.spread(wide ? g : rays.sums, d_w, d_f);
+__global__ void __launch_bounds__(kBlock, 3)
+    render_features_bwd_kernel(int64_t R, int64_t S, RenderingGradients<T> gradients) {
+  do_dense_ray<kThreads>(R, S, gradients);
 }
 
 }  // namespace
@@ -48,13 +33,11 @@ Tensor fwd(const Tensor& w, const Tensor& f) {
   auto sizes = leading_sizes(w, 1);
   sizes.push_back(C);
   Tensor features = empty(w, sizes, accumulator_dtype(w));
-  if (features.numel() == 0) return features;
   dispatch(f, [&](auto type) {
     using T = decltype(type);
-    using A = accumulator<T>;
-    const Shape shape = Shape::of<A>(R, S, C);
-    launch(shape.grid<A>(device.stream()), render_features_fwd_kernel<kBlock, T>, shape, values(w),
-           data<T>(f), mutable_data<A>(features));
+    launch_dense(device.stream(), render_features_fwd_kernel<kWarp, T>,
+                 render_features_fwd_kernel<kBlock, T>, R, S,
+                 {FeatureShape(C), values(w), data<T>(f), mutable_data<accumulator<T>>(features)});
   });
   return features;
 }
@@ -67,10 +50,10 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& d_features, const Tensor& w, const 
   if (d_w.numel() + d_f.numel() == 0) return {d_w, d_f};
   dispatch(f, [&](auto type) {
     using T = decltype(type);
-    using A = accumulator<T>;
-    const Shape shape = Shape::of<A>(R, S, C);
-    launch(shape.grid<A>(device.stream()), render_features_bwd_kernel<kBlock, T>, shape,
-           data<A>(d_features), values(w), data<T>(f), mutable_values(d_w), mutable_data<T>(d_f));
+    launch_dense(device.stream(), render_features_bwd_kernel<kWarp, T>,
+                 render_features_bwd_kernel<kBlock, T>, R, S,
+                 {FeatureShape(C), data<accumulator<T>>(d_features), values(w), data<T>(f),
+                  mutable_values(d_w), mutable_data<T>(d_f)});
   });
   return {d_w, d_f};
 }
