@@ -6,13 +6,13 @@ namespace rayfuse {
 namespace {
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 3)
+__global__ void __launch_bounds__(kBlock, 2)
     feature_distillation_loss_fwd_kernel(int64_t R, int64_t S, Loss<T> loss) {
   do_dense_ray<kThreads>(R, S, loss);
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 3)
+__global__ void __launch_bounds__(kBlock, 2)
     feature_distillation_loss_bwd_kernel(int64_t R, int64_t S, LossGradients<T> gradients) {
   do_dense_ray<kThreads>(R, S, gradients);
 }

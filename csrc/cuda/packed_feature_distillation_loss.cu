@@ -8,7 +8,7 @@ namespace rayfuse {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 3)
+__global__ void __launch_bounds__(kBlock, 2)
     packed_feature_distillation_loss_fwd_kernel(PackedShape shape,
                                                 const int64_t* __restrict__ offsets,  // [R+1]
                                                 Loss<T> loss) {
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kBlock, 3)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 3)
+__global__ void __launch_bounds__(kBlock, 2)
     packed_feature_distillation_loss_bwd_kernel(PackedShape shape,
                                                 const int64_t* __restrict__ offsets,  // [R+1]
                                                 LossGradients<T> gradients) {

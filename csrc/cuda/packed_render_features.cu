@@ -8,7 +8,7 @@ namespace rayfuse {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 3)
+__global__ void __launch_bounds__(kBlock, 2)
     packed_render_features_fwd_kernel(PackedShape shape,
                                       const int64_t* __restrict__ offsets,  // [R+1]
                                       Rendering<T> rendering) {

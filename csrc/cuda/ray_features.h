@@ -130,9 +130,9 @@ template <int kThreads, Layout layout, class T>
 class Features {
  public:
   using A = accumulator<T>;
-  // Samples of a thread in flight, and where they are written as well: registers are what bounds
-  // them, of values, or of the addresses of single ones.
-  static constexpr int kDepth = layout == Layout::kVectors ? 32 / sizeof(A) : 2;
+  // Samples of a thread in flight, and where they are written as well: so many that 16 warps wait
+  // for what a GPU moves meanwhile.
+  static constexpr int kDepth = layout == Layout::kVectors ? 32 / sizeof(A) : 4;
   static constexpr int kSpreadDepth = kDepth / 2;
 
   __device__ Features(const Team<kThreads>& team, const FeatureShape& shape, const PackedRay& ray,
@@ -143,6 +143,7 @@ class Features {
         lane_(team.rank & (lanes_ - 1)),
         row_(team.rank >> shape.log_lanes),
         rows_(kThreads >> shape.log_lanes),
+        stride_(int64_t{shape.C} * kThreads >> shape.log_lanes),
         begin_(ray.begin),
         end_(ray.end),
         w_(w),
@@ -226,8 +227,9 @@ class Features {
       A dots[kDepth] = {};
       add_products(e, tile, dots);
       sum_of_lanes(dots);
-      for_samples<kDepth>(k, [&](int j, int s) {
-        if (lane_ == 0) product[k + s] = first ? product[k + s] + dots[j] : dots[j];
+      A* const to = product + k + row_;
+      for_samples<kDepth>(k, [&](int j) {
+        if (lane_ == 0) to[j * rows_] = first ? to[j * rows_] + dots[j] : dots[j];
       });
     }
   }
@@ -245,11 +247,12 @@ class Features {
         Quad<T> tile[kSpreadDepth];
         if (d_w.data) load(k, first, tile);
         if (d_f) {
-          for_samples<kSpreadDepth>(k, [&](int j, int s) {
+          T* const to = d_f + (k + row_) * C_;
+          for_samples<kSpreadDepth>(k, [&](int j) {
             Quad<T> x;
 #pragma unroll
             for (int i = 0; i < kChannels; ++i) x.value[i] = narrow<T>(w[j] * g.value[i]);
-            write(d_f + k * C_ + int64_t{s} * C_, first, x);
+            write(to + j * stride_, first, x);
           });
         }
         if (d_w.data) add_products(g, tile, dots);
@@ -258,8 +261,9 @@ class Features {
       sum_of_lanes(dots);
       with_type<A>(d_w.element, [&](auto type) {
         using W = decltype(type);
-        for_samples<kSpreadDepth>(k, [&](int j, int s) {
-          if (lane_ == 0) static_cast<W*>(d_w.data)[k + s] = narrow<W>(dots[j]);
+        W* const to = static_cast<W*>(d_w.data) + k + row_;
+        for_samples<kSpreadDepth>(k, [&](int j) {
+          if (lane_ == 0) to[j * rows_] = narrow<W>(dots[j]);
         });
       });
     }
@@ -275,30 +279,29 @@ class Features {
   }
 
  private:
-  // Calls visit(j, s) for those of n samples k + s of this row that exist.
+  // Calls visit(j) for those of n samples of this row from k on that exist.
   template <int n, class F>
   __device__ void for_samples(int64_t k, const F& visit) const {
-    const int left = static_cast<int>(min(end_ - k, int64_t{n * kThreads}));
+    const int left = static_cast<int>(min(end_ - k, int64_t{n * kThreads})) - row_;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      const int s = j * rows_ + row_;
-      if (s < left) visit(j, s);
+      if (j * rows_ < left) visit(j);
     }
   }
   template <int n>
   __device__ void load(int64_t k, int first, Quad<T> (&tile)[n]) const {
-    const T* const from = f_ + k * C_;
+    const T* const from = f_ + (k + row_) * C_;
 #pragma unroll
     for (int j = 0; j < n; ++j) tile[j] = {};
-    for_samples<n>(k, [&](int j, int s) { read(from + int64_t{s} * C_, first, tile[j]); });
+    for_samples<n>(k, [&](int j) { read(from + j * stride_, first, tile[j]); });
   }
   template <int n>
   __device__ void load_weights(int64_t k, A (&w)[n]) const {
 #pragma unroll
     for (int j = 0; j < n; ++j) w[j] = 0;
     with_type<A>(w_.element, [&](auto type) {
-      const auto* const from = static_cast<const decltype(type)*>(w_.data) + k;
-      for_samples<n>(k, [&](int j, int s) { w[j] = widen(from[s]); });
+      const auto* const from = static_cast<const decltype(type)*>(w_.data) + k + row_;
+      for_samples<n>(k, [&](int j) { w[j] = widen(from[j * rows_]); });
     });
   }
 
@@ -326,6 +329,7 @@ class Features {
 
   const Team<kThreads>& team_;
   const int C_, lanes_, lane_, row_, rows_;
+  const int64_t stride_;  // from a sample of a row to its next one
   const int64_t begin_, end_;
   const Values w_;
   const T* const f_;

@@ -8,7 +8,7 @@ namespace rayfuse {
 namespace {
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 3)
+__global__ void __launch_bounds__(kBlock, 2)
     render_features_fwd_kernel(int64_t R, int64_t S, Rendering<T> rendering) {
   do_dense_ray<kThreads>(R, S, rendering);
 }
