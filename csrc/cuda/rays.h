@@ -71,8 +71,12 @@ __device__ void for_each_vector(const T* from, int n, const One& one, const Vect
   const int into = reinterpret_cast<uintptr_t>(from) % 32 / sizeof(T);
   const int head = min(n, (kSector<T> - into) % kSector<T>);
   const int body = head + (n - head) / kSector<T> * kSector<T>;
+  // of so few values, unrolled, there was more code than of all vectors
+#pragma unroll 1
   for (int i = thread; i < head; i += threads) one(i);
+#pragma unroll 4
   for (int i = head + thread * kLanes; i < body; i += threads * kLanes) vector(i);
+#pragma unroll 1
   for (int i = body + thread; i < n; i += threads) one(i);
 }
 
@@ -117,7 +121,8 @@ __device__ void load(const T* from, accumulator<T>* chip, int n, int thread = th
 }
 
 template <class T>
-__device__ void store(T* to, const accumulator<T>* chip, int n) {
+__device__ void store(T* to, const accumulator<T>* chip, int n, int thread = threadIdx.x,
+                      int threads = blockDim.x) {
   for_each_vector(
       to, n, [&](int i) { to[i] = narrow<T>(chip[i]); },
       [&](int i) {
@@ -130,7 +135,8 @@ __device__ void store(T* to, const accumulator<T>* chip, int n) {
         for (int j = 0; j < Vector<T>::kLanes; ++j) narrow_.value[j] = narrow<T>(wide[j]);
         // a plain store of a uint4 came out as four (nvcc 13.0)
         __stwb(reinterpret_cast<uint4*>(to + i), narrow_.bits);
-      });
+      },
+      thread, threads);
 }
 
 // ---- the team
