@@ -220,9 +220,9 @@ template <class A>
 struct RayDepth {
   A value = 0, weight = 1, mean = 0;
   bool thin = false;
-  // the midpoint, or the first start or last end, that alone decides
+  // the sample that alone decides, or -1, and how by its start and its end
   int64_t sample = -1;
-  bool start = false, end = false;
+  A by_start = A(0.5), by_end = A(0.5);
 
   template <class Rays>
   __device__ RayDepth(const Options& options, const Sums<A, 3>& sums, const Rays& rays) {
@@ -240,14 +240,14 @@ struct RayDepth {
     mean = sums.value[1] / weight;
     value = expected ? mean : exp_of(mean);
     const A least = expected ? mid(0) : rays.start(0), most = expected ? mid(last) : rays.end(last);
-    const bool below = value<least, above = value> most;
+    const bool below = value < least;
+    const bool above = value > most;
     if (below || above) {
       value = below ? least : most;
-      if (expected) sample = below ? 0 : last;
-      start = !expected && below, end = !expected && above;
+      sample = below ? 0 : last;
+      if (!expected) by_start = below, by_end = above;
     }
   }
-  __device__ bool is_clipped() const { return sample >= 0 || start || end; }
 };
 
 template <class T, class F>
@@ -392,18 +392,19 @@ struct Gradients {
 // g_i = products with the features + common + slope (place_i - mean), the gradient of a weight.
 template <class A>
 struct Slopes {
-  A light = 1, common = 0, slope = 0, mean = 0, fixed = 0;
+  A light = 1, common = 0, slope = 0, mean = 0;
+  // what the times of the sample that alone decides on the depth get
+  A fixed_start = 0, fixed_end = 0;
   int64_t fixed_sample = -1;
-  bool fixed_start = false, fixed_end = false;
 
   template <class Rays>
   __device__ void add_depth(const Options& options, const Sums<A, 3>& sums, const Rays& rays,
                             A d_depth) {
     const RayDepth<A> depth(options, sums, rays);
-    fixed = d_depth;
-    fixed_sample = depth.sample, fixed_start = depth.start, fixed_end = depth.end;
-    if (!options.has_mean() || depth.is_clipped()) return;
-    slope = (options.depth == Depth::kExpected ? fixed : fixed * depth.value) / depth.weight;
+    fixed_sample = depth.sample;
+    fixed_start = depth.by_start * d_depth, fixed_end = depth.by_end * d_depth;
+    if (!options.has_mean() || depth.sample >= 0) return;
+    slope = (options.depth == Depth::kExpected ? d_depth : d_depth * depth.value) / depth.weight;
     if (!depth.thin) mean = depth.mean;
   }
 };
@@ -576,11 +577,9 @@ __device__ void composite_back(const Options& options, const Rays& rays,
         const A mid = samples.mid(k);
         d_mid = mid < kSmallest<A> ? A(0) : d_mid / mid;
       }
-      if (sample == slopes.fixed_sample) d_mid += slopes.fixed;
-      const bool starts = slopes.fixed_start && sample == 0;
-      const bool ends = slopes.fixed_end && sample == rays.samples - 1;
-      passed[k] = std::fma(A(0.5), d_mid, (starts ? slopes.fixed : A(0)) - d_width);
-      weights[k] = std::fma(A(0.5), d_mid, (ends ? slopes.fixed : A(0)) + d_width);
+      const bool is_fixed = sample == slopes.fixed_sample;
+      passed[k] = std::fma(A(0.5), d_mid, (is_fixed ? slopes.fixed_start : A(0)) - d_width);
+      weights[k] = std::fma(A(0.5), d_mid, (is_fixed ? slopes.fixed_end : A(0)) + d_width);
     }
     crew.sync();
     rays.write(piece, options, room, passed, weights, next_start);

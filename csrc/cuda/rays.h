@@ -68,13 +68,14 @@ template <class T, class One, class Vector>
 __device__ void for_each_vector(const T* from, int n, const One& one, const Vector& vector,
                                 int thread = threadIdx.x, int threads = blockDim.x) {
   constexpr int kLanes = 16 / sizeof(T);
+  [[maybe_unused]] constexpr int kAtOnce = sizeof(T) == 2 ? 2 : 4;
   const int into = reinterpret_cast<uintptr_t>(from) % 32 / sizeof(T);
   const int head = min(n, (kSector<T> - into) % kSector<T>);
   const int body = head + (n - head) / kSector<T> * kSector<T>;
   // of so few values, unrolled, there was more code than of all vectors
 #pragma unroll 1
   for (int i = thread; i < head; i += threads) one(i);
-#pragma unroll 4
+#pragma unroll kAtOnce
   for (int i = head + thread * kLanes; i < body; i += threads * kLanes) vector(i);
 #pragma unroll 1
   for (int i = body + thread; i < n; i += threads) one(i);
