@@ -67,7 +67,7 @@ __device__ inline float stopped(float x, float passed) {
   float series = 0;
 #pragma unroll
   for (const float term : terms) series = std::fma(-x, series, term);
-  return x < 0.5f ? x * series : 1 - passed;
+  return std::abs(x) < 0.5f ? x * series : 1 - passed;
 }
 __device__ inline double stopped(double x, double) { return -expm1(-x); }
 
@@ -164,7 +164,9 @@ __device__ A place(Depth depth, A mid) {
   return depth == Depth::kExpected ? mid : log_of(mid < kSmallest<A> ? kSmallest<A> : mid);
 }
 
-// The pass from the left of a team over its ray, a tile at a time.
+// The pass from the left of a team over its ray, a tile at a time. Loops over the few samples of a
+// thread are not unrolled, here and below: that cost registers, so that fewer warps waited
+// together.
 template <int kThreads, class A>
 struct LeftPass {
   const Team<kThreads>& team;
@@ -264,7 +266,7 @@ struct Inputs {
   template <class Rays>
   __device__ accumulator<T> behind(const Options& options, const Rays& rays, int64_t c) const {
     if (shows_last(options, rays)) {
-      return widen(f[((rays.begin + rays.own) + rays.samples - 1) * options.C + c]);
+      return widen(f[(rays.begin + rays.own + rays.samples - 1) * options.C + c]);
     }
     return background ? widen(background[rays.index * options.C + c]) : accumulator<T>(0);
   }

@@ -10,7 +10,7 @@
 namespace rayfuse {
 namespace {
 
-// Most samples of a thread in a tile: two thirds of random rays of 48 on average have one tile.
+// A tile has so many samples for each thread: one tile is enough for most rays.
 constexpr int kMostItems = 4;
 
 template <class T>
