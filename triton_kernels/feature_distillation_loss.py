@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import accumulator, empty_gradient
-from .render_features import launch, places, rendered
+from .render_features import channels, launch, places, rendered
 
 # of a forward at a time: 48 samples are 12 KB in float32, and the second look at them meets the L1
 # cache; all of 768 channels would pass through it, and of all rays at work through the L2 cache
@@ -36,7 +36,7 @@ def feature_distillation_loss_fwd_kernel(
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     square = tl.zeros([BLOCK_R], A)
     for first in range(0, C, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
+        c = channels(first, BLOCK_C)
         here = (r < R)[:, None] & (c < C)[None, :]
         at = (r * C)[:, None] + c[None, :]
         error = rendered(w_ptr, f_ptr, r, c, R, S, C, A, BLOCK_R, BLOCK_S, BLOCK_C)
@@ -75,7 +75,7 @@ def feature_distillation_loss_bwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.arange(0, BLOCK_C)
+    c = channels(0, BLOCK_C)
     here = (r < R)[:, None] & (c < C)[None, :]
     at = (r * C)[:, None] + c[None, :]
     scale = 2 * tl.load(d_loss_ptr + r, mask=r < R, other=0.0) / C

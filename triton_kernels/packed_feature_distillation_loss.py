@@ -13,6 +13,7 @@ from torch import Tensor
 from .common import accumulator, bounded, empty_gradient, load, packed_rays, packed_values
 from .feature_distillation_loss import _CHANNELS
 from .packed_render_features import launch, load_rows, long_ray, places, rendered, store_rows
+from .render_features import channels
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _losses(
     is_ray = (r >= 0) & (r < R)
     square = tl.zeros([r.shape[0]], A)
     for first in range(0, C, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
+        c = channels(first, BLOCK_C)
         error = rendered(w_ptr, f_ptr, begin, n, c, C, A, BLOCK_S)
         error = tl.where(is_ray[:, None], error - load_rows(target_ptr, r, c, R, C, A), 0.0)
         store_rows(error_ptr, r, c, error, mask & is_ray, C)
@@ -150,7 +151,7 @@ def _gradients(
 ):
     A: tl.constexpr = d_loss_ptr.dtype.element_ty
     scale = 2 * packed_values(d_loss_ptr, r, R) / C
-    c = tl.arange(0, BLOCK_C)
+    c = channels(0, BLOCK_C)
     g = scale[:, None] * load_rows(error_ptr, r, c, R, C, A)
     if NEEDS_D_TARGET:
         store_rows(d_target_ptr, r, c, -g, mask & (r >= 0) & (r < R), C)

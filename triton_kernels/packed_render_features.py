@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import accumulator, add_exactly, empty_gradient, load, packed_rays
-from .render_features import _SHORT_ROW
+from .render_features import _SHORT_ROW, channels
 from .render_features import launch as launch_dense
 
 
@@ -34,7 +34,7 @@ def packed_render_features_fwd_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     r = first + tl.arange(0, BLOCK_R)
     begin, n = packed_rays(offsets_ptr, r, R, P)
-    c = tl.arange(0, BLOCK_C)
+    c = channels(0, BLOCK_C)
     short = n <= BLOCK_LONG
     features = rendered(w_ptr, f_ptr, begin, tl.where(short, n, 0), c, C, A, BLOCK_S)
     store_rows(features_ptr, r, c, features, (r < R) & short, C)
@@ -68,7 +68,7 @@ def packed_render_features_bwd_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_R - 1
     r = first + tl.arange(0, BLOCK_R)
     begin, n = packed_rays(offsets_ptr, r, R, P)
-    c = tl.arange(0, BLOCK_C)
+    c = channels(0, BLOCK_C)
     short = tl.where(n <= BLOCK_LONG, n, 0)
     g = load_rows(d_features_ptr, r, c, R, C, A)
     spread(d_w_ptr, d_f_ptr, g, w_ptr, f_ptr, begin, short, c, C, NEEDS_D_W, NEEDS_D_F, BLOCK_S)
