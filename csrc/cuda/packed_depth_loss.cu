@@ -6,22 +6,33 @@
 // By mass: e = w - m, m the integral of K over the interval s -+ l / 2; no l (depth.h).
 // Deng et al. (2022), Rematas et al. (2022); docs/depth.md.
 #include "depth.h"
-#include "launch.h"
-#include "packed.h"
+#include "packed_tiles.h"
 
 namespace rayfuse {
 namespace {
 
-// Calls f(k) for the samples of a ray. Where they begin a warp's requests stay whole sectors.
-template <int kThreads, class F>
-__device__ void for_each_sample(const Team<kThreads>& team, const PackedRay& ray, const F& f) {
-  for (int64_t k = first_tile(ray.begin) + team.rank; k < ray.end; k += kThreads) {
-    if (ray.has(k)) f(k);
-  }
+// Calls f(tile, i, sample) for the samples of a ray at depth D, from w, s and lengths.
+template <DepthForm form, class T, int kThreads, class F>
+__device__ void for_each_sample(const Team<kThreads>& team, const PackedRay& ray, const T* w,
+                                const T* s, const T* lengths, accumulator<T> D,
+                                const Constants<accumulator<T>>& constants, const F& f) {
+  using A = accumulator<T>;
+  for_each_tile(team, ray, false, [&](const PackedTile<kThreads>& tile) {
+    A w_here[kItems], s_here[kItems], length[kItems];
+    tile.load(w, w_here);
+    tile.load(s, s_here);
+    if (lengths) tile.load(lengths, length);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (!tile.has(i)) continue;
+      const A own = lengths ? length[i] : A(kNoLength<form>);
+      f(tile, i, Sample<form, A>(w_here[i], s_here[i], own, D, constants));
+    }
+  });
 }
 
 template <DepthForm form, class T>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
     packed_depth_loss_fwd_kernel(int64_t R, int64_t P, Constants<accumulator<T>> constants,
                                  const T* __restrict__ w,              // [P]
                                  const T* __restrict__ s,              // [P]
@@ -38,13 +49,12 @@ __global__ void __launch_bounds__(kBlock, 1)
         // a million samples of a block are 4096 of each thread
         A sum = 0, lost = 0;
         if (valid) {
-          for_each_sample(team, ray, [&](int64_t k) {
-            const A length = lengths ? widen(lengths[k]) : A(kNoLength<form>);
-            const Sample<form, A> here(widen(w[k]), widen(s[k]), length, D, constants);
-            const A term = here.loss() - lost, next = sum + term;
-            lost = (next - sum) - term;
-            sum = next;
-          });
+          for_each_sample<form>(team, ray, w, s, lengths, D, constants,
+                                [&](const auto&, int, const auto& sample) {
+                                  const A term = sample.loss() - lost, next = sum + term;
+                                  lost = (next - sum) - term;
+                                  sum = next;
+                                });
         }
         sum = team.sum(sum);
         if (team.rank == 0) {
@@ -55,7 +65,7 @@ __global__ void __launch_bounds__(kBlock, 1)
 }
 
 template <DepthForm form, class T>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
     packed_depth_loss_bwd_kernel(int64_t R, int64_t P, Constants<accumulator<T>> constants,
                                  const accumulator<T>* __restrict__ d_loss,  // [R]
                                  const T* __restrict__ w,                    // [P]
@@ -69,12 +79,11 @@ __global__ void __launch_bounds__(kBlock, 1)
                                  T* d_lengths,                               // [P] or null
                                  T* d_depth_pred) {                          // [R] or null
   using A = accumulator<T>;
-  const auto store = [&](int64_t k, A d_weight, A d_position, A d_length) {
-    if (d_w) d_w[k] = narrow<T>(d_weight);
-    if (d_s) d_s[k] = narrow<T>(d_position);
-    if (d_lengths) d_lengths[k] = narrow<T>(d_length);
-  };
-  for_each_stray_sample(offsets, R, P, [&](int64_t k) { store(k, 0, 0, 0); });
+  for_each_stray_sample(offsets, R, P, [&](int64_t k) {
+    for (T* to : {d_w, d_s, d_lengths}) {
+      if (to) to[k] = narrow<T>(0);
+    }
+  });
   for_each_packed_ray(
       offsets, R, P, [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
         const A D = widen(depth[ray.index]), g = d_loss[ray.index];
@@ -83,12 +92,13 @@ __global__ void __launch_bounds__(kBlock, 1)
           const A off = valid ? widen(depth_pred[ray.index]) - D : A(0);
           d_depth_pred[ray.index] = narrow<T>(2 * g * off);
         }
-        for_each_sample(team, ray, [&](int64_t k) {
-          if (!valid) return store(k, 0, 0, 0);
-          const A length = lengths ? widen(lengths[k]) : A(kNoLength<form>);
-          const Sample<form, A> here(widen(w[k]), widen(s[k]), length, D, constants);
-          store(k, g * here.d_w(), g * here.d_s(), g * here.d_lengths());
-        });
+        for_each_sample<form>(team, ray, w, s, lengths, D, constants,
+                              [&](const auto& tile, int i, const auto& sample) {
+                                if (d_w) tile.store(d_w, i, valid ? g * sample.d_w() : A(0));
+                                if (d_s) tile.store(d_s, i, valid ? g * sample.d_s() : A(0));
+                                if (d_lengths)
+                                  tile.store(d_lengths, i, valid ? g * sample.d_lengths() : A(0));
+                              });
       });
 }
 
@@ -135,12 +145,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tenso
     using T = decltype(type);
     using A = accumulator<T>;
     as_form(form, [&](auto form_) {
-      // one block at least, for samples of no ray
-      launch({std::max<int64_t>(packed_blocks(R), 1), kBlock, 0, device.stream()},
-             packed_depth_loss_bwd_kernel<form_(), T>, R, P, Constants<A>(form, sigma, eps),
-             data<A>(d_loss), data<T>(w), data<T>(s), data<T>(depth), data<int64_t>(offsets),
-             data<T>(lengths), data<T>(depth_pred), mutable_data<T>(d_w), mutable_data<T>(d_s),
-             mutable_data<T>(d_lengths), mutable_data<T>(d_depth_pred));
+      launch(packed_grid(R, device.stream()), packed_depth_loss_bwd_kernel<form_(), T>, R, P,
+             Constants<A>(form, sigma, eps), data<A>(d_loss), data<T>(w), data<T>(s),
+             data<T>(depth), data<int64_t>(offsets), data<T>(lengths), data<T>(depth_pred),
+             mutable_data<T>(d_w), mutable_data<T>(d_s), mutable_data<T>(d_lengths),
+             mutable_data<T>(d_depth_pred));
     });
   });
   return {d_w, d_s, d_lengths, d_depth_pred};

@@ -40,7 +40,7 @@ struct Tile {
     for (int i = 0; i < kItems; ++i) {
       w[i] = gap[i] = width[i] = 0;
       // all lanes read, so that the warp's requests stay whole
-      if (first + i * kThreads >= ray.end) continue;
+      if (!reaches(i)) continue;
       const int64_t k = min(max(place(i), ray.begin), ray.end - 1);
       start[i] = widen(all.t_starts[k]);
       end[i] = widen(all.t_ends[k]);
@@ -49,6 +49,7 @@ struct Tile {
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
+      if (!reaches(i)) break;
       const int64_t k = place(i);
       A start_before = __shfl_up_sync(kAllLanes, start[i], 1);
       A end_before = __shfl_up_sync(kAllLanes, end[i], 1);
@@ -63,12 +64,15 @@ struct Tile {
     }
   }
 
+  // Whether the ray has samples in a row of the team's: most are shorter than a tile.
+  __device__ bool reaches(int i) const { return first + i * kThreads < ray.end; }
   __device__ int64_t place(int i) const { return first + i * kThreads + team.rank; }
 
   // Fills left and spread.
   __device__ void scan_from_left(Running<A, false>& weight, Running<A, false>& spreads) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
+      if (!reaches(i)) break;
       left[i] = weight.add(team, w[i]);
       const A step = gap[i] * left[i];
       spread[i] = spreads.add(team, step) + step;
@@ -77,7 +81,7 @@ struct Tile {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
     packed_distortion_loss_fwd_kernel(int64_t R, int64_t P,
                                       const T* __restrict__ t_starts,       // [P]
                                       const T* __restrict__ t_ends,         // [P]
@@ -94,6 +98,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       tile.scan_from_left(weight, spread);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
+        if (!tile.reaches(i)) break;
         own += tile.w[i] * (tile.spread[i] + A(1) / 3 * (tile.w[i] * tile.width[i]));
       }
     }
@@ -103,7 +108,7 @@ __global__ void __launch_bounds__(kBlock, 1)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, 12 / sizeof(accumulator<T>))
     packed_distortion_loss_bwd_kernel(int64_t R, int64_t P,
                                       const accumulator<T>* __restrict__ d_loss,  // [R]
                                       const T* __restrict__ t_starts,             // [P]
@@ -152,6 +157,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       tile.scan_from_left(weight, spread);
 #pragma unroll
       for (int i = kItems - 1; i >= 0; --i) {
+        if (!tile.reaches(i)) continue;
         const A w_i = tile.w[i], right = weight_right.add(team, w_i);
         const A beyond = spread_right.add(team, tile.gap[i] * (w_i + right));
         const A balance = tile.left[i] - right, third = A(1) / 3 * w_i;
