@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
     batch.load(scene, list.begin + first, n - first);
     __syncthreads();
     for (int place = first; place < min(first + kBatch, n) && !passing.ended; ++place) {
-      if (place % kStep<A> == 0) kept[place / kStep<A> * blockDim.x] = passing.transmittance;
+      if (place % kStep<A> == 0)
+        kept[int64_t{place / kStep<A>} * blockDim.x] = passing.transmittance;
       const A alpha = batch.alpha(scene, place - first, pixel), before = passing.transmittance;
       if (alpha == 0) continue;
       const A weight = passing.meet(alpha, scene.ending) * before;
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kChannels, T>)
         return shade;
       };
       if (several) look_at(0);
-      A light = place < end ? kept[place / kStep<A> * blockDim.x] : A(0);
+      A light = place < end ? kept[int64_t{place / kStep<A>} * blockDim.x] : A(0);
       // those that this warp met
       unsigned any = 0;
       for (int k = 0; k < kStep<A>; ++k) {
