@@ -51,10 +51,14 @@ struct Tile {
     for (int i = 0; i < kItems; ++i) {
       if (!reaches(i)) break;
       const int64_t k = place(i);
-      A start_before = __shfl_up_sync(kAllLanes, start[i], 1);
-      A end_before = __shfl_up_sync(kAllLanes, end[i], 1);
+      // the first lane's is what the last one has of the row before
+      const auto before = [&](const A(&x)[kItems]) {
+        const A sent = i > 0 && team.lane == kWarp - 1 ? x[i - 1] : x[i];
+        return __shfl_sync(kAllLanes, sent, (team.lane + kWarp - 1) % kWarp);
+      };
+      A start_before = before(start), end_before = before(end);
       if (!ray.has(k)) continue;
-      if (team.lane == 0 && k > ray.begin) {
+      if (team.lane == 0 && k > ray.begin && (i == 0 || kThreads > kWarp)) {
         start_before = widen(all.t_starts[k - 1]);
         end_before = widen(all.t_ends[k - 1]);
       }
