@@ -5,16 +5,10 @@
 // over memory. Backward: one, or two where a ray has several tiles:
 // d_w_j = spread_j + sum_{k>j} gap_k (w_k + right_k) + 2/3 w_j dt_j,
 // d_m_j = 2 w_j (left_j - right_j), d_dt_j = 1/3 w_j^2. Derivation: docs/distortion.md.
-#include "launch.h"
-#include "packed.h"
-
-#include <cstring>
+#include "packed_tiles.h"
 
 namespace rayfuse {
 namespace {
-
-// Samples of a thread that are loaded before the first is used.
-constexpr int kItems = 4;
 
 template <class T>
 struct Samples {
@@ -85,7 +79,7 @@ struct Tile {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
+__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
     packed_distortion_loss_fwd_kernel(int64_t R, int64_t P,
                                       const T* __restrict__ t_starts,       // [P]
                                       const T* __restrict__ t_ends,         // [P]
@@ -112,7 +106,7 @@ __global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 12 / sizeof(accumulator<T>))
+__global__ void __launch_bounds__(kBlock, 3 * kPackedBlocks<T> / 4)
     packed_distortion_loss_bwd_kernel(int64_t R, int64_t P,
                                       const accumulator<T>* __restrict__ d_loss,  // [R]
                                       const T* __restrict__ t_starts,             // [P]
@@ -206,11 +200,10 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t_sta
   if (P == 0 || needs == 0) return {d_t_starts, d_t_ends, d_w};
   dispatch(t_starts, [&](auto type) {
     using T = decltype(type);
-    // one block at least, for samples of no ray
-    launch({std::max<int64_t>(packed_blocks(R), 1), kBlock, 0, device.stream()},
-           packed_distortion_loss_bwd_kernel<T>, R, P, data<accumulator<T>>(d_loss),
-           data<T>(t_starts), data<T>(t_ends), data<T>(w), data<int64_t>(offsets),
-           mutable_data<T>(d_t_starts), mutable_data<T>(d_t_ends), mutable_data<T>(d_w));
+    launch(packed_grid(R, device.stream()), packed_distortion_loss_bwd_kernel<T>, R, P,
+           data<accumulator<T>>(d_loss), data<T>(t_starts), data<T>(t_ends), data<T>(w),
+           data<int64_t>(offsets), mutable_data<T>(d_t_starts), mutable_data<T>(d_t_ends),
+           mutable_data<T>(d_w));
   });
   return {d_t_starts, d_t_ends, d_w};
 }
