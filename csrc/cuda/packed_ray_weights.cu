@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
+__global__ void __launch_bounds__(kBlock, 3 * kPackedBlocks<T> / 4)
     packed_ray_weights_bwd_kernel(int64_t R, int64_t P,
                                   const accumulator<T>* __restrict__ d_w,          // [P] or null
                                   const accumulator<T>* __restrict__ d_light,      // [P] or null
