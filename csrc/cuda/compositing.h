@@ -340,7 +340,7 @@ __device__ void composite(const Options& options, const Rays& rays, const Inputs
       A sum = 0;
       if (has) {
         const F* const f_c = in.f + (piece.from + piece.own) * C + c;
-#pragma unroll 4
+#pragma unroll 2
         for (int k = group; k < piece.count; k += kWarpGroups) {
           sum = std::fma(samples.w[piece.own + k], widen(f_c[k * C]), sum);
         }
