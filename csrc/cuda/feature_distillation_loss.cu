@@ -6,7 +6,7 @@ namespace rayfuse {
 namespace {
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 2)
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1 : 2)
     feature_distillation_loss_fwd_kernel(int64_t R, int64_t S, Loss<T> loss) {
   do_dense_ray<kThreads>(R, S, loss);
 }

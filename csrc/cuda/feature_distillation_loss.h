@@ -26,7 +26,7 @@ struct Loss {
     const int64_t place = ray.index * shape.C;
     const auto body = [&]<Layout layout>() {
       const Features<kThreads, layout, T> samples(team, shape, ray, w, f);
-      A square[1] = {};
+      A square[1] = {}, dots[samples.kDepth] = {};
       samples.for_pieces([&](int first) {
         Quad<T> tile[samples.kDepth];
         Quad<A> e;
@@ -38,7 +38,7 @@ struct Loss {
           square[0] = fma(e.value[i], e.value[i], square[0]);
         }
         if (samples.is_first_row()) samples.write(error + place, first, e);
-        samples.multiply(first, last, tile, e, product);
+        samples.multiply(first, last, tile, e, dots, product);
       });
       samples.sum_of_lanes(square);
       if (team.rank == 0) loss[ray.index] = square[0] / shape.C;

@@ -8,7 +8,7 @@ namespace rayfuse {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 2)
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 1 : 2)
     packed_feature_distillation_loss_fwd_kernel(PackedShape shape,
                                                 const int64_t* __restrict__ offsets,  // [R+1]
                                                 Loss<T> loss) {

@@ -219,18 +219,22 @@ class Features {
   }
 
   // product_s = <e, f_s>, of which each piece adds its part. From the last samples on, which are
-  // still in `tile`; those before are still in cache.
+  // still in `tile`; those before are still in cache. A ray of one tile keeps the sums in `dots`
+  // from piece to piece.
   __device__ void multiply(int first, int64_t last, Quad<T> (&tile)[kDepth], const Quad<A>& e,
-                           A* product) const {
+                           A (&dots)[kDepth], A* product) const {
+    const bool keeps = last <= begin_, more = first + lanes_ * kChannels < C_;
     for (int64_t k = last; k >= begin_; k -= kDepth * rows_) {
       if (k != last) load(k, first, tile);
-      A dots[kDepth] = {};
       add_products(e, tile, dots);
+      if (keeps && more) return;
       sum_of_lanes(dots);
       A* const to = product + k + row_;
       for_samples<kDepth>(k, [&](int j) {
-        if (lane_ == 0) to[j * rows_] = first ? to[j * rows_] + dots[j] : dots[j];
+        if (lane_ == 0) to[j * rows_] = first && !keeps ? to[j * rows_] + dots[j] : dots[j];
       });
+#pragma unroll
+      for (int j = 0; j < kDepth; ++j) dots[j] = 0;
     }
   }
 
