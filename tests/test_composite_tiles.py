@@ -71,6 +71,10 @@ class FullTiles(Contract):
     op = rayfuse.composite_tiles
     variants: tuple[dict[str, object], ...] = (dict(tile_size=16, image_width=28, image_height=13),)
     gpu_sizes = tuple({"N": 32, "D": D, "Y": 1, "X": 2} for D in (3, 64))
+    gpu_spills = {
+        f"composite_tiles_bwd_kernel<4, {T}>": "8 bytes on sm_75 and sm_80, for a fourth block"
+        for T in ("float", "__half", "__nv_bfloat16")
+    }
 
     def inputs(self, leading=None, dtype=torch.float32, device="cpu", seed=0, **sizes):
         leading = self.leading if leading is None else leading
