@@ -262,8 +262,9 @@ class Bench:
         call, device = self.closed(self.op), peers.device.type
         others = {isa: f"cpu.{isa}" for isa in backend.isas()[:-1]}
         if device != "cpu":
-            # the best one is the default
-            names = self.op.op.kernels.available(device)[1:]
+            # the best one is the default; what is put together of ops has none of its own
+            spec = getattr(self.op, "op", rayfuse.distortion_loss.op)
+            names = spec.kernels.available(device)[1:]
             others = {name: name for name in names if name != "ref"}
         slower = [peers.ours(call, f"rayfuse {what}", name) for what, name in others.items()]
         return [peers.ours(call), *slower, *self.peers]
