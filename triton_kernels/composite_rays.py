@@ -177,9 +177,11 @@ def composite_rays_bwd_kernel(
                 x = optical_depth(w_ptrs, t_ptrs, s - 2, here & (s > 1), A)
                 earlier_depth += tl.sum(x, 1)
 
-    # g = products with the features + common + slope place
+    # g = products with the features + common + slope (place - mean): two products would cancel, of
+    # which one may be fused
     common = tl.zeros([BLOCK_R], A)
     slope = tl.zeros([BLOCK_R], A)
+    centre = tl.zeros([BLOCK_R], A)
     fixed = tl.zeros([BLOCK_R], A)
     sample = tl.zeros([BLOCK_R], tl.int32) - 1
     edge = tl.zeros([BLOCK_R], tl.int32) - 1
@@ -196,7 +198,7 @@ def composite_rays_bwd_kernel(
                 slope *= value
                 mean = tl.where(weight < _LOG_MEAN_EPS, 0.0, mean)
             slope = tl.where((sample < 0) & (edge < 0), slope, 0.0)
-            common -= slope * mean
+            centre = mean
     light = 1.0 - weight
     if HAS_D_FEATURES or NEEDS_D_BACKGROUND:
         for start_c in range(0, C, BLOCK_C):
@@ -233,10 +235,12 @@ def composite_rays_bwd_kernel(
         here = ray & (s < S)
         w, passed = _weigh(t_ptrs, w_ptrs, s, here, of_block(depths, block, b), DENSITY, A)
         mid = _mid(t_ptrs, s, here, A)
-        g = common[:, None] + slope[:, None] * _place(mid, DEPTH, A)
+        g = common[:, None] + slope[:, None] * (_place(mid, DEPTH, A) - centre[:, None])
         before = here & (s > 0)
         mid_before = _mid(t_ptrs, s - 1, before, A)
-        g_before = common[:, None] + slope[:, None] * _place(mid_before, DEPTH, A)
+        g_before = common[:, None] + slope[:, None] * (
+            _place(mid_before, DEPTH, A) - centre[:, None]
+        )
         if HAS_F:
             for start_c in range(0, C, BLOCK_C):
                 c = start_c + tl.arange(0, BLOCK_C)
@@ -479,8 +483,8 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     S, _, C = _shapes(w, f, background)
     R, grid, tile = _launch(t, S, C)
-    # these spilled 8 bytes for 96 registers (sm_90), and unlike fp16 do so bound to 96 (sm_100)
-    many_bf16 = tile["BLOCK_C"] == _MAX_CHANNELS and t.dtype == torch.bfloat16
+    # these spilled 8 bytes: of many channels for 96 registers (sm_90), of few for 168 (sm_100)
+    registers = 104 if tile["BLOCK_C"] == _MAX_CHANNELS else 184
     absent = t.new_empty(0, dtype=accumulator(t.dtype))
     grads = [
         t.new_empty(0) if x is None else empty_gradient(x, needs, i)
@@ -513,6 +517,6 @@ def bwd(
         DENSITY=density,
         MAX_BLOCKS=triton.next_power_of_2(max(triton.cdiv(S, tile["BLOCK_S"]), 1)),
         **tile,
-        **(bounded(104, t) if many_bf16 else {}),
+        **(bounded(registers, t) if t.dtype == torch.bfloat16 else {}),
     )
     return tuple(grads)

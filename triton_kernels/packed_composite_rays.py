@@ -284,9 +284,11 @@ def _gradients(
     # other threads read what is kept
     tl.debug_barrier()
 
-    # g = products with the features + common + slope place
+    # g = products with the features + common + slope (place - mean): two products would cancel, of
+    # which one may be fused
     common = tl.zeros(n.shape, A)
     slope = tl.zeros(n.shape, A)
+    centre = tl.zeros(n.shape, A)
     fixed = tl.zeros(n.shape, A)
     sample = tl.zeros(n.shape, tl.int64) - 1
     edge = tl.zeros(n.shape, tl.int64) - 1
@@ -303,7 +305,7 @@ def _gradients(
                 slope *= value
                 mean = tl.where(weight < _LOG_MEAN_EPS, 0.0, mean)
             slope = tl.where((sample < 0) & (edge < 0), slope, 0.0)
-            common -= slope * mean
+            centre = mean
     light = 1.0 - weight
     if HAS_D_FEATURES or NEEDS_D_BACKGROUND:
         for start_c in range(0, C, BLOCK_C):
@@ -335,7 +337,7 @@ def _gradients(
         mid = tl.zeros(here.shape, A)
         if DEPTH != _MEDIAN and DEPTH != _NONE:
             mid = _mid(t_starts_ptr, t_ends_ptr, k, here, A)
-        g = common[:, None] + slope[:, None] * _place(mid, DEPTH, A)
+        g = common[:, None] + slope[:, None] * (_place(mid, DEPTH, A) - centre[:, None])
         if HAS_F:
             for start_c in range(0, C, BLOCK_C):
                 c = start_c + tl.arange(0, BLOCK_C)
@@ -503,9 +505,10 @@ def _launch(
     # half as many in fp64, which with 8 took 168 registers backward and spilled 24 bytes (sm_80)
     most = _MAX_CHANNELS // (accumulator(w.dtype).itemsize // 4)
     block_c = min(triton.next_power_of_2(max(C, 1)), most)
-    # unbound, these spilled 16 bytes forward (sm_90), and took 146 registers backward
-    many_halves = block_c == _MAX_CHANNELS and w.dtype.itemsize == 2
-    return C, grid, {**tile, "BLOCK_C": block_c, **(bounded(128, w) if many_halves else {})}
+    # unbound, halves spilled 16 bytes forward, and took 146 registers backward; doubles spilled 8
+    # bytes backward for 128 registers (sm_90)
+    registers = {2: 128, 8: 144}.get(w.dtype.itemsize) if block_c == most else None
+    return C, grid, {**tile, "BLOCK_C": block_c, **(bounded(registers, w) if registers else {})}
 
 
 def fwd(
