@@ -137,12 +137,18 @@ class TestOuterBound(Contract):
                     got = rayfuse.outer_bound(t, t_env, w_env, outside=outside).double()
                 assert (got - want).abs().max() <= 1e-5, name
 
-    def test_edges_that_decrease_come_out_as_searchsorted_has_them(self):
-        """Nothing is promised, but nothing is read or written elsewhere, and nothing hangs."""
+    @pytest.mark.parametrize("envelope_too", [False, True])
+    def test_edges_that_decrease_come_out_as_searchsorted_has_them(self, envelope_too):
+        """Nothing is promised, but nothing is read or written elsewhere, and nothing hangs; of an
+        envelope out of order CUDA, which goes on from edge to edge, makes something else."""
         generator = torch.Generator().manual_seed(0)
         t = torch.rand(30, 12, generator=generator, dtype=torch.float64)
         t_env = torch.rand(30, 25, generator=generator, dtype=torch.float64)
-        t_env[3, 7] = t[5, 4] = torch.nan
+        t[5, 4] = torch.nan
+        if envelope_too:
+            t_env[3, 7] = torch.nan
+        else:
+            t_env = t_env.sort(-1).values
         w_env = torch.rand(30, 24, generator=generator, dtype=torch.float64)
         with rayfuse.use_backend("ref"):
             want = self.gradients([t, t_env, w_env])
@@ -151,4 +157,7 @@ class TestOuterBound(Contract):
                 with rayfuse.use_backend(name):
                     got = self.gradients([t, t_env, w_env])
                 for ours, right in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
-                    torch.testing.assert_close(ours, right)
+                    if envelope_too and name == "simt":
+                        assert ours.isfinite().all()
+                    else:
+                        torch.testing.assert_close(ours, right)
