@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kRows)
 }
 
 template <bool covars, class T>
-__global__ void __launch_bounds__(kRows)
+// at fewer registers than four blocks leave, loads that are under way spill (sm_75, sm_80)
+__global__ void __launch_bounds__(kRows, 16 / sizeof(accumulator<T>))
     project_gaussians_bwd_kernel(Gaussians<T> in, ProjectionGradients<accumulator<T>> d,
                                  GaussianGradients<T> out,
                                  accumulator<T>* __restrict__ d_poses) {  // [blocks, C, kPose]
