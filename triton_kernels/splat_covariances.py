@@ -38,7 +38,7 @@ def _rotation(q, A: tl.constexpr):
     w, x, y, z = q
     length2 = w * w + x * x + y * y + z * z
     still = length2 < (2.2250738585072014e-308 if tl.float64 == A else 1.1754943508222875e-38)
-    turn = tl.where(still, 0.0, 2 / tl.where(still, 1.0, length2))
+    turn = tl.where(still, 0.0, 2 * _inverse(tl.where(still, 1.0, length2), A))
     rotation = (
         1 - turn * (y * y + z * z),
         turn * (x * y - w * z),
@@ -54,12 +54,22 @@ def _rotation(q, A: tl.constexpr):
 
 
 @triton.jit
-def _extents(s, INVERSE: tl.constexpr):
+def _inverse(x, A: tl.constexpr):
+    """1 / x, of which triton's own is off by two units of the last digit in 32 bits: as much as
+    torch's whole arithmetic, and more in what differences of extents leave of it."""
+    if tl.float64 == A:
+        return 1 / x
+    else:
+        return tl.div_rn(1.0, x)
+
+
+@triton.jit
+def _extents(s, INVERSE: tl.constexpr, A: tl.constexpr):
     found = ()
     for j in tl.static_range(3):
         if INVERSE:
             flat = s[j] == 0
-            found = found + (tl.where(flat, 0.0, 1 / tl.where(flat, 1.0, s[j])),)
+            found = found + (tl.where(flat, 0.0, _inverse(tl.where(flat, 1.0, s[j]), A)),)
         else:
             found = found + (s[j],)
     return found
@@ -78,7 +88,7 @@ def splat_covariances_fwd_kernel(
     A: tl.constexpr = covariances_ptr.dtype.element_ty
     n, exists = _splats(R, BLOCK)
     rotation, _turn = _rotation(_values(quats_ptr, n, exists, 4, A), A)
-    e = _extents(_values(scales_ptr, n, exists, 3, A), INVERSE)
+    e = _extents(_values(scales_ptr, n, exists, 3, A), INVERSE, A)
     axes = ()
     for i in tl.static_range(9):
         axes = axes + (rotation[i] * e[i % 3],)
@@ -113,7 +123,7 @@ def splat_covariances_bwd_kernel(
     n, exists = _splats(R, BLOCK)
     q = _values(quats_ptr, n, exists, 4, A)
     rotation, turn = _rotation(q, A)
-    e = _extents(_values(scales_ptr, n, exists, 3, A), INVERSE)
+    e = _extents(_values(scales_ptr, n, exists, 3, A), INVERSE, A)
     if TRIU:
         xx, xy, xz, yy, yz, zz = _values(d_covariances_ptr, n, exists, 6, A)
         g = (2 * xx, xy, xz, xy, 2 * yy, yz, xz, yz, 2 * zz)
