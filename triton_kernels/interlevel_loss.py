@@ -1,9 +1,8 @@
 # Interlevel loss, the formulas of csrc/cpu/interlevel_loss.cpp: L = 1/S sum_i r_i u_i with
-# r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i + eps). A program owns BLOCK_R rays and compares
-# BLOCK_S samples with BLOCK_E bins at a time, as in outer_bound.py. Forward: the bounds, then the
-# comparison again the other way, for what is kept: dL/dw_i = u_i (2 - u_i) / S, and dL/dw_env,
-# where each bin gets the -2 u_i / S of the samples it bounds; between them u is in registers, or,
-# of rays of several blocks, where the former will be. Backward: d_loss times these. See
+# r_i = max(0, w_i - w_outer_i), u_i = r_i / (w_i + eps). A program owns a ray after the other, and
+# searches as in outer_bound.py. Forward: the bounds, from running sums of w_env; then the other
+# way, from running sums of u, what is kept beside dL/dw_i = u_i (2 - u_i) / S: dL/dw_env, where
+# each bin gets the -2 u_i / S of the samples it bounds. Backward: d_loss times these. See
 # docs/interlevel.md.
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, bounded, empty_gradient
-from .outer_bound import blocks_that_meet, bound, launch, load, touched
+from .common import accumulator, bounded, empty_gradient, load
+from .outer_bound import add_up, between, bins, launch, samples
 
 # values of a gradient in a program
 _BLOCK = 1024
@@ -24,6 +23,8 @@ def interlevel_loss_fwd_kernel(
     loss_ptr,  # [R]
     slope_ptr,  # [R, S]
     slope_env_ptr,  # [R, E]
+    until_ptr,  # [programs, E]
+    u_until_ptr,  # [programs, S]
     t_ptr,  # [R, S+1]
     w_ptr,  # [R, S]
     t_env_ptr,  # [R, E+1]
@@ -35,63 +36,41 @@ def interlevel_loss_fwd_kernel(
     t_env_stride_r,
     EPS: tl.constexpr,
     OUTSIDE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    STEPS_S: tl.constexpr,
+    STEPS_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     A: tl.constexpr = loss_ptr.dtype.element_ty
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    ray = r < R
-    t_ptrs, t_env_ptrs = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
-    n = tl.maximum(S, 1)
-    loss = tl.zeros([BLOCK_R, BLOCK_S], A)
-    u = tl.zeros([BLOCK_R, BLOCK_S], A)
-    until = tl.zeros([BLOCK_R, 1], tl.int32)
-    for start in range(0, S, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)[None, :]
-        here = ray & (s < S)
-        behind = tl.minimum(start + BLOCK_S, S)
-        first, last, until = blocks_that_meet(
-            t_env_ptrs, E, t_ptrs, behind, S, until, ray, True, ONE_BLOCK, STEPS, BLOCK_E, A
-        )
-        w_outer = bound(
-            t_ptrs, s, here, t_env_ptrs, w_env_ptr + r * E, ray, E, first, last, OUTSIDE, BLOCK_E, A
-        )
-        rest, u = _uncovered(load(w_ptr + r * S + s, here, A), w_outer, EPS)
-        loss += rest * u
-        kept = u * (2 - u) / n if ONE_BLOCK else u
-        tl.store(slope_ptr + r * S + s, kept, mask=here)
-    loss = tl.sum(loss, 1)[:, None]
-    tl.store(loss_ptr + r, loss / n, mask=ray)
-
-    if not ONE_BLOCK:
-        tl.debug_barrier()
-    until = tl.zeros([BLOCK_R, 1], tl.int32)
-    for start in range(0, E, BLOCK_E):
-        k = start + tl.arange(0, BLOCK_E)[None, :]
-        u_around = tl.zeros([BLOCK_R, BLOCK_E], A)
-        behind = tl.minimum(start + BLOCK_E, E)
-        first, last, until = blocks_that_meet(
-            t_ptrs, S, t_env_ptrs, behind, E, until, ray, False, ONE_BLOCK, STEPS, BLOCK_S, A
-        )
-        for block in range(first, last, BLOCK_S):
-            s = block + tl.arange(0, BLOCK_S)[None, :]
-            here = ray & (s < S)
-            if not ONE_BLOCK:
-                u = load(slope_ptr + r * S + s, here, A)
-            met = touched(t_ptrs, s, here, t_env_ptrs, k, ray, E, OUTSIDE, A)
-            u_around += tl.sum(tl.where(met, u[:, :, None], 0.0), 1)
-        tl.store(slope_env_ptr + r * E + k, -2 * u_around / n, mask=ray & (k < E))
-
-    if not ONE_BLOCK:
-        tl.debug_barrier()
+    program = tl.program_id(0).to(tl.int64)
+    until_ptr += program * E
+    u_until_ptr += program * S
+    mean = 1 / tl.maximum(S, 1).to(A)
+    for r in range(program, R, tl.num_programs(0)):
+        t, t_env = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
+        add_up(until_ptr, w_env_ptr + r * E, E, BLOCK_E)
+        loss = tl.zeros((BLOCK_S,), A)
+        u_sum = tl.zeros((), tl.float64)
         for start in range(0, S, BLOCK_S):
-            s = start + tl.arange(0, BLOCK_S)[None, :]
-            here = ray & (s < S)
-            u = load(slope_ptr + r * S + s, here, A)
-            tl.store(slope_ptr + r * S + s, u * (2 - u) / n, mask=here)
+            s = start + tl.arange(0, BLOCK_S)
+            first, behind = bins(t, start, S, t_env, E, OUTSIDE, STEPS_E, BLOCK_S, A)
+            w_outer = between(until_ptr, first, behind).to(A)
+            rest, u = _uncovered(load(w_ptr + r * S + s, s < S, A), w_outer, EPS)
+            # of samples that there are not
+            u = tl.where(s < S, u, 0.0)
+            loss += rest * u
+            tl.store(slope_ptr + r * S + s, mean * (u * (2 - u)), mask=s < S)
+            wide = u.to(tl.float64)
+            tl.store(u_until_ptr + s, u_sum + tl.cumsum(wide, 0), mask=s < S)
+            u_sum += tl.sum(wide, 0)
+        tl.store(loss_ptr + r, mean * tl.sum(loss, 0))
+        # other threads read the sums
+        tl.debug_barrier()
+        for start in range(0, E, BLOCK_E):
+            k = start + tl.arange(0, BLOCK_E)
+            first, behind = samples(t_env, start, E, t, S, OUTSIDE, STEPS_S, BLOCK_E, A)
+            u_around = between(u_until_ptr, first, behind).to(A)
+            tl.store(slope_env_ptr + r * E + k, -2 * mean * u_around, mask=k < E)
 
 
 @triton.jit
@@ -141,13 +120,15 @@ def fwd(
     slope, slope_env = torch.empty_like(w, dtype=dtype), torch.empty_like(w_env, dtype=dtype)
     R = loss.numel()
     grid, tile = launch(R, S, E)
-    # spilled 6 bytes for 72 registers (sm_100); in float64 long rays 8 for 80 (sm_90), and more
-    # bound to 80 (sm_80)
-    tile |= bounded(128 if w.dtype == torch.float64 else 80, w)
+    # half precision spilled 16 bytes for 64 registers (sm_90), double 8 for 72 (sm_100)
+    tile |= bounded(80, w)
+    until, u_until = (w.new_empty(grid[0], n, dtype=torch.float64) for n in (E, S))
     interlevel_loss_fwd_kernel[grid](
         loss,
         slope,
         slope_env,
+        until,
+        u_until,
         t,
         w,
         t_env,

@@ -1,27 +1,30 @@
 # Outer bound: w_outer_i = sum of w_env over the bins from that of edge t_i to that of edge t_{i+1}.
-# A program owns BLOCK_R rays and compares BLOCK_S samples of each with BLOCK_E bins at a time: the
-# bins from env_k <= t_{i+1} to env_{k+1} > t_i are those that searchsorted gives. So nothing is
-# subtracted, and a gradient is the same sum the other way. Rays of several blocks only compare
-# blocks that meet, which a bisection finds. Source: nerfstudio's `outer`, docs/interlevel.md.
+# A program of one warp owns a ray after the other and takes BLOCK_S samples or BLOCK_E bins at a
+# time. Forward: running sums of w_env, in double, go to memory of the program, which stays in the
+# cache; each edge is bisected, and what lies between two is a difference. Backward: the same the
+# other way, edges of the envelope among those of samples. Source: nerfstudio's `outer`,
+# docs/interlevel.md.
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, empty_gradient
+from .common import accumulator, empty_gradient, load
 
-# comparisons at once: 4096 spill the masks on gfx942
-_TILE = 2048
-_MAX_BLOCK_S = 64
-_BLOCK_E = 16
+# more than any GPU has at a time
+_PROGRAMS = 8192
+# four a thread
+_MAX_BLOCK = 128
 
 
 @triton.jit
 def outer_bound_fwd_kernel(
     w_outer_ptr,  # [R, S]
+    until_ptr,  # [programs, E]
     t_ptr,  # [R, S+1]
     t_env_ptr,  # [R, E+1]
     w_env_ptr,  # [R, E]
@@ -31,33 +34,28 @@ def outer_bound_fwd_kernel(
     t_stride_r,
     t_env_stride_r,
     OUTSIDE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    STEPS_S: tl.constexpr,
+    STEPS_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     A: tl.constexpr = w_outer_ptr.dtype.element_ty
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    ray = r < R
-    t_ptrs, t_env_ptrs = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
-    until = tl.zeros([BLOCK_R, 1], tl.int32)
-    for start in range(0, S, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)[None, :]
-        here = ray & (s < S)
-        behind = tl.minimum(start + BLOCK_S, S)
-        first, last, until = blocks_that_meet(
-            t_env_ptrs, E, t_ptrs, behind, S, until, ray, True, ONE_BLOCK, STEPS, BLOCK_E, A
-        )
-        w_outer = bound(
-            t_ptrs, s, here, t_env_ptrs, w_env_ptr + r * E, ray, E, first, last, OUTSIDE, BLOCK_E, A
-        )
-        tl.store(w_outer_ptr + r * S + s, w_outer, mask=here)
+    program = tl.program_id(0).to(tl.int64)
+    until_ptr += program * E
+    for r in range(program, R, tl.num_programs(0)):
+        t, t_env = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
+        add_up(until_ptr, w_env_ptr + r * E, E, BLOCK_E)
+        for start in range(0, S, BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            first, behind = bins(t, start, S, t_env, E, OUTSIDE, STEPS_E, BLOCK_S, A)
+            w_outer = between(until_ptr, first, behind).to(A)
+            tl.store(w_outer_ptr + r * S + s, w_outer, mask=s < S)
 
 
 @triton.jit
 def outer_bound_bwd_kernel(
     d_w_env_ptr,  # [R, E]
+    until_ptr,  # [programs, S]
     d_w_outer_ptr,  # [R, S]
     t_ptr,  # [R, S+1]
     t_env_ptr,  # [R, E+1]
@@ -67,133 +65,111 @@ def outer_bound_bwd_kernel(
     t_stride_r,
     t_env_stride_r,
     OUTSIDE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    STEPS_S: tl.constexpr,
+    STEPS_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     A: tl.constexpr = d_w_outer_ptr.dtype.element_ty
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    ray = r < R
-    t_ptrs, t_env_ptrs = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
-    until = tl.zeros([BLOCK_R, 1], tl.int32)
-    for start in range(0, E, BLOCK_E):
-        k = start + tl.arange(0, BLOCK_E)[None, :]
-        d_w_env = tl.zeros([BLOCK_R, BLOCK_E], A)
-        behind = tl.minimum(start + BLOCK_E, E)
-        first, last, until = blocks_that_meet(
-            t_ptrs, S, t_env_ptrs, behind, E, until, ray, False, ONE_BLOCK, STEPS, BLOCK_S, A
-        )
-        for block in range(first, last, BLOCK_S):
-            s = block + tl.arange(0, BLOCK_S)[None, :]
-            here = ray & (s < S)
-            d_w_outer = load(d_w_outer_ptr + r * S + s, here, A)
-            met = touched(t_ptrs, s, here, t_env_ptrs, k, ray, E, OUTSIDE, A)
-            d_w_env += tl.sum(tl.where(met, d_w_outer[:, :, None], 0.0), 1)
-        tl.store(d_w_env_ptr + r * E + k, d_w_env, mask=ray & (k < E))
+    program = tl.program_id(0).to(tl.int64)
+    until_ptr += program * S
+    for r in range(program, R, tl.num_programs(0)):
+        t, t_env = t_ptr + r * t_stride_r, t_env_ptr + r * t_env_stride_r
+        add_up(until_ptr, d_w_outer_ptr + r * S, S, BLOCK_S)
+        for start in range(0, E, BLOCK_E):
+            k = start + tl.arange(0, BLOCK_E)
+            first, behind = samples(t_env, start, E, t, S, OUTSIDE, STEPS_S, BLOCK_E, A)
+            d_w_env = between(until_ptr, first, behind).to(A)
+            tl.store(d_w_env_ptr + r * E + k, d_w_env, mask=k < E)
 
 
 @triton.jit
-def load(ptrs, mask, A: tl.constexpr):
-    return tl.load(ptrs, mask=mask, other=0.0).to(A)
+def bins(
+    t, start, S, t_env, E,
+    OUTSIDE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """The first bin that samples from `start` on touch, and the one behind the last."""
+    left, right = _counts(t, start, S, t_env, E, True, STEPS, BLOCK, A)
+    first = tl.minimum(tl.maximum(left - 1, 0), E if OUTSIDE == 1 else E - 1)
+    return first, tl.minimum(tl.maximum(right, 1) if OUTSIDE == 0 else right, E)
 
 
 @triton.jit
-def touched(t_ptrs, s, here, t_env_ptrs, k, ray, E, OUTSIDE: tl.constexpr, A: tl.constexpr):
-    """Whether sample s has its bound from bin k: [BLOCK_R, BLOCK_S, BLOCK_E]."""
-    left, right = load(t_ptrs + s, here, A), load(t_ptrs + s + 1, here, A)
-    bins = ray & (k < E)
-    env_left, env_right = load(t_env_ptrs + k, bins, A), load(t_env_ptrs + k + 1, bins, A)
-    begins = ~(env_left[:, None, :] > right[:, :, None])
-    ends = env_right[:, None, :] > left[:, :, None]
+def samples(
+    t_env, start, E, t, S,
+    OUTSIDE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """The first sample that touches bins from `start` on, and the one behind the last."""
+    left, right = _counts(t_env, start, E, t, S, False, STEPS, BLOCK, A)
+    k = start + tl.arange(0, BLOCK)
     if OUTSIDE == 0:
-        begins = begins | (k == 0)[:, None, :]
+        left = tl.where(k == 0, 0, left)
     if OUTSIDE != 1:
-        ends = ends | (k == E - 1)[:, None, :]
-    return begins & ends
+        right = tl.where(k == E - 1, S, right)
+    return tl.maximum(left - 1, 0), tl.minimum(right, S)
 
 
 @triton.jit
-def bound(
-    t_ptrs,
-    s,
-    here,
-    t_env_ptrs,
-    w_env_ptrs,
-    ray,
-    E,
-    first,
-    last,
-    OUTSIDE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    A: tl.constexpr,
-):
-    """w_outer of samples s, from the bins first .. last."""
-    w_outer = tl.zeros(here.shape, A)
-    for block in range(first, last, BLOCK_E):
-        k = block + tl.arange(0, BLOCK_E)[None, :]
-        w_env = load(w_env_ptrs + k, ray & (k < E), A)
-        met = touched(t_ptrs, s, here, t_env_ptrs, k, ray, E, OUTSIDE, A)
-        w_outer += tl.sum(tl.where(met, w_env[:, None, :], 0.0), 2)
-    return w_outer
+def _counts(
+    x_ptr, start, m, edge_ptr, n,
+    RIGHT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """count_up_to() the left and the right edges of intervals from `start` on, of m."""
+    i = tl.arange(0, BLOCK)
+    right = count_up_to(edge_ptr, n, load(x_ptr + start + i + 1, start + i < m, A), RIGHT, STEPS, A)
+    # the right edge of one is the left one of the next
+    begin = count_up_to(edge_ptr, n, tl.load(x_ptr + start).to(A), RIGHT, STEPS, A)
+    return tl.where(i == 0, begin, tl.gather(right, tl.maximum(i - 1, 0), 0)), right
 
 
 @triton.jit
-def blocks_that_meet(
-    edge_ptrs,
-    n,
-    block_ptrs,
-    behind,
-    end,
-    until,
-    ray,
-    RIGHT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    OTHER_BLOCK: tl.constexpr,
-    A: tl.constexpr,
-):
-    """Of n intervals between edges, the first and last that the block that ends at `behind` can
-    touch in any of the rays; all of them where it is the only block. `until` is what
-    the block before returned, 0 before the first: where this one's search begins."""
-    first, last = 0, n
-    if not ONE_BLOCK:
-        # an interval outside may be taken to the first or the last one
-        first = tl.maximum(tl.min(until) - 1, 0)
-        first = tl.minimum(first, n - 1) // OTHER_BLOCK * OTHER_BLOCK
-        x = load(block_ptrs + behind, ray, A)
-        until = count_up_to(edge_ptrs, n, x, ray, RIGHT, STEPS, A)
-        last = tl.maximum(tl.max(tl.where(behind < end, until, n)), tl.minimum(n, 1))
-        last = tl.minimum(last, n)
-    return first, last, until
+def count_up_to(edge_ptr, n, x, RIGHT: tl.constexpr, STEPS: tl.constexpr, A: tl.constexpr):
+    """How many of n + 1 edges are below x, with RIGHT also those at x. STEPS is the logarithm of
+    n + 1, rounded down: none of them leads beyond the edges, whatever these are."""
+    count = tl.where(_passed(edge_ptr + ((1 << STEPS) - 1), x, RIGHT, A), n + 2 - (1 << STEPS), 0)
+    for i in tl.static_range(STEPS):
+        half = 1 << (STEPS - 1 - i)
+        count += tl.where(_passed(edge_ptr + count + (half - 1), x, RIGHT, A), half, 0)
+    return count
 
 
 @triton.jit
-def count_up_to(edge_ptrs, n, x, ray, RIGHT: tl.constexpr, STEPS: tl.constexpr, A: tl.constexpr):
-    """How many of the n + 1 edges are below x, with RIGHT also those at x."""
-    end = tl.zeros(x.shape, tl.int32) + n + 1
-    begin = tl.zeros_like(end)
-    for _ in range(STEPS):
-        middle = begin + (end - begin) // 2
-        searching = begin < end
-        edge = load(edge_ptrs + middle, ray & searching, A)
-        goes_on = ~(edge > x) if RIGHT else edge < x
-        begin = tl.where(searching & goes_on, middle + 1, begin)
-        end = tl.where(searching & ~goes_on, middle, end)
-    return begin
+def _passed(edge_ptrs, x, RIGHT: tl.constexpr, A: tl.constexpr):
+    edge = tl.load(edge_ptrs).to(A)
+    return ~(edge > x) if RIGHT else edge < x
+
+
+@triton.jit
+def add_up(until_ptr, value_ptr, n, BLOCK: tl.constexpr):
+    """Running sums of n values, each with its own, for all threads."""
+    # which may still read those of the ray before
+    tl.debug_barrier()
+    before = tl.zeros((), tl.float64)
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        values = load(value_ptr + i, i < n, tl.float64)
+        tl.store(until_ptr + i, before + tl.cumsum(values, 0), mask=i < n)
+        before += tl.sum(values + 0.0, 0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def between(until_ptr, first, behind):
+    """The sum of values first .. behind, from running sums."""
+    return _up_to(until_ptr, behind) - _up_to(until_ptr, first)
+
+
+@triton.jit
+def _up_to(until_ptr, count):
+    return tl.load(until_ptr + count - 1, mask=count > 0, other=0.0)
 
 
 def launch(R: int, S: int, E: int) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the tile of programs that compare samples with bins."""
-    block_s = min(max(triton.next_power_of_2(S), 16), _MAX_BLOCK_S)
-    block_r = _TILE // (block_s * _BLOCK_E)
-    one_block = block_s >= S
-    # bisections take registers: with 4 warps a kernel of long rays spills (sm_100), with 8 none
-    options = {"num_warps": 4 if one_block else 8, "enable_fp_fusion": True}
-    tile = {"BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_E": _BLOCK_E}
-    more = {"ONE_BLOCK": one_block, "STEPS": max(S, E).bit_length() + 1}
-    return (triton.cdiv(R, block_r),), {**tile, **more, **options}
+    """The grid and the blocks of programs that search in histograms."""
+    block_s, block_e = (min(max(triton.next_power_of_2(n), 16), _MAX_BLOCK) for n in (S, E))
+    steps = {"STEPS_S": (S + 1).bit_length() - 1, "STEPS_E": (E + 1).bit_length() - 1}
+    options = {"BLOCK_S": block_s, "BLOCK_E": block_e, "num_warps": 1, "enable_fp_fusion": True}
+    return (min(R, _PROGRAMS),), {**steps, **options}
 
 
 def fwd(t: Tensor, t_env: Tensor, w_env: Tensor, outside: int) -> Tensor:
@@ -201,8 +177,9 @@ def fwd(t: Tensor, t_env: Tensor, w_env: Tensor, outside: int) -> Tensor:
     w_outer = t.new_empty((*t.shape[:-1], S), dtype=accumulator(t.dtype))
     R = t.numel() // (S + 1)
     grid, tile = launch(R, S, E)
+    until = t.new_empty(grid[0], E, dtype=torch.float64)
     outer_bound_fwd_kernel[grid](
-        w_outer, t, t_env, w_env, R, S, E, S + 1, E + 1, OUTSIDE=outside, **tile
+        w_outer, until, t, t_env, w_env, R, S, E, S + 1, E + 1, OUTSIDE=outside, **tile
     )
     return w_outer
 
@@ -214,7 +191,8 @@ def bwd(
     d_w_env = empty_gradient(w_env, needs, 0)
     if needs & 1:
         grid, tile = launch(R, S, E)
+        until = t.new_empty(grid[0], S, dtype=torch.float64)
         outer_bound_bwd_kernel[grid](
-            d_w_env, d_w_outer, t, t_env, R, S, E, S + 1, E + 1, OUTSIDE=outside, **tile
+            d_w_env, until, d_w_outer, t, t_env, R, S, E, S + 1, E + 1, OUTSIDE=outside, **tile
         )
     return d_w_env

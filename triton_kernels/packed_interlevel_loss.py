@@ -47,6 +47,7 @@ def packed_interlevel_loss_fwd_kernel(
     OUTSIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_LONG: tl.constexpr,
 ):
     # one ray less: the samples before offsets[0]
@@ -59,7 +60,7 @@ def packed_interlevel_loss_fwd_kernel(
     loss = _losses(
         loss_ptr, slope_ptr, slope_env_ptr, until_ptr, u_until_ptr, t_starts_ptr, t_ends_ptr, w_ptr,
         t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, is_ray, begin, tl.where(short, n, 0),
-        begin_env, tl.where(short, m, 0), EPS, OUTSIDE, BLOCK_S,
+        begin_env, tl.where(short, m, 0), EPS, OUTSIDE, BLOCK_S, BLOCK_E,
     )  # fmt: skip
     tl.store(loss_ptr + r, loss, mask=is_ray & short)
     if tl.max(tl.maximum(n, m), 0) > BLOCK_LONG:
@@ -73,7 +74,7 @@ def packed_interlevel_loss_fwd_kernel(
                 loss_ptr, slope_ptr, slope_env_ptr, until_ptr, u_until_ptr, t_starts_ptr,
                 t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr, w_env_ptr, one_is_ray,
                 begin_one, tl.where(long, n_one, 0), begin_env_one, tl.where(long, m_one, 0), EPS,
-                OUTSIDE, BLOCK_LONG,
+                OUTSIDE, BLOCK_LONG, BLOCK_LONG,
             )  # fmt: skip
             tl.store(loss_ptr + one, loss_one, mask=one_is_ray & long)
 
@@ -98,18 +99,22 @@ def _losses(
     m,
     EPS: tl.constexpr,
     OUTSIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     A: tl.constexpr = loss_ptr.dtype.element_ty
-    _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK)
+    # rays are shorter than 2^31
+    n, m = n.to(tl.int32), m.to(tl.int32)
+    most, most_env = _power_of_two(n), _power_of_two(m)
+    _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK_E)
     # what is in no ray has no slope
     mean = tl.where(is_ray, 1 / tl.maximum(n, 1).to(A), 0.0)[:, None]
     loss, u_sum = tl.zeros(n.shape, tl.float64), tl.zeros(n.shape, tl.float64)
-    for b in range(tl.cdiv(tl.max(n, 0), BLOCK)):
-        s = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    for start in range(0, tl.max(n, 0), BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)[None, :]
         rest, u = _uncovered(
             until_ptr, t_starts_ptr, t_ends_ptr, w_ptr, t_env_starts_ptr, t_env_ends_ptr, begin, n,
-            begin_env, m, s, EPS, OUTSIDE, A,
+            begin_env, m, most_env, s, EPS, OUTSIDE, A,
         )  # fmt: skip
         loss += tl.sum((rest * u).to(tl.float64), 1)
         here, at = s < n[:, None], begin[:, None] + s
@@ -123,8 +128,8 @@ def _losses(
     tl.debug_barrier()
     n, m = n[:, None], m[:, None]
     begin, begin_env = begin[:, None], begin_env[:, None]
-    for b in range(tl.cdiv(tl.max(m), BLOCK)):
-        k = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    for start in range(0, tl.max(m), BLOCK_E):
+        k = start + tl.arange(0, BLOCK_E)[None, :]
         here = k < m
         # a bin bounds the samples that end at or beyond the end of the one before it, and
         # start before the start of the next one
@@ -139,8 +144,9 @@ def _losses(
             last = here & (k == m - 1)
             behind = tl.where(last, load(t_env_ends_ptr + at, last, A), behind)
             outer = here
-        from_ = tl.where(inner, _count(t_ends_ptr + begin, n, before, inner, False, A), 0)
-        until = tl.where(outer, _count(t_starts_ptr + begin, n, behind, outer, False, A), n)
+        from_ = _count(t_ends_ptr + begin, n, most, before, inner, False, A)
+        until = _count(t_starts_ptr + begin, n, most, behind, outer, False, A)
+        until = tl.where(outer, until, n)
         d = _up_to(u_until_ptr + begin, until, here) - _up_to(u_until_ptr + begin, from_, here)
         tl.store(slope_env_ptr + at, -2 * mean * d.to(A), mask=here)
     return loss
@@ -216,8 +222,8 @@ def _scale_rays(d_x_ptr, d_loss_ptr, slope_ptr, r, R, begin, n, BLOCK: tl.conste
 def _add_up(until_ptr, w_env_ptr, begin_env, m, BLOCK: tl.constexpr):
     """Running sums of the weights of bins, each with its own, for all threads."""
     sums = tl.zeros(m.shape, tl.float64)
-    for b in range(tl.cdiv(tl.max(m, 0), BLOCK)):
-        k = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    for start in range(0, tl.max(m, 0), BLOCK):
+        k = start + tl.arange(0, BLOCK)[None, :]
         here = k < m[:, None]
         w_env = load(w_env_ptr + begin_env[:, None] + k, here, tl.float64)
         tl.store(until_ptr + begin_env[:, None] + k, sums[:, None] + tl.cumsum(w_env, 1), mask=here)
@@ -237,6 +243,7 @@ def _uncovered(
     n,
     begin_env,
     m,
+    most_env,
     s,
     EPS: tl.constexpr,
     OUTSIDE: tl.constexpr,
@@ -247,8 +254,8 @@ def _uncovered(
     at, m, begin_env = begin[:, None] + s, m[:, None], begin_env[:, None]
     start, end = load(t_starts_ptr + at, here, A), load(t_ends_ptr + at, here, A)
     starts_ptrs, ends_ptrs = t_env_starts_ptr + begin_env, t_env_ends_ptr + begin_env
-    first = tl.maximum(_count(starts_ptrs, m, start, here, True, A) - 1, 0)
-    behind = tl.minimum(_count(ends_ptrs, m, end, here, True, A) + 1, m)
+    first = tl.maximum(_count(starts_ptrs, m, most_env, start, here, True, A) - 1, 0)
+    behind = tl.minimum(_count(ends_ptrs, m, most_env, end, here, True, A) + 1, m)
     if OUTSIDE != 0:
         behind = tl.where(load(starts_ptrs, m > 0, A) > end, 0, behind)
     if OUTSIDE == 1:
@@ -265,18 +272,29 @@ def _up_to(sums_ptrs, count, here):
 
 
 @triton.jit
-def _count(ptrs, n, x, here, RIGHT: tl.constexpr, A: tl.constexpr):
-    """How many of n values that do not decrease are below x, with RIGHT also those at x."""
-    end = tl.where(here, n, 0)
-    begin = tl.zeros_like(end)
-    while tl.max(end - begin) > 0:
-        middle = begin + (end - begin) // 2
-        searching = begin < end
-        value = load(ptrs + middle, searching, A)
-        goes_on = ~(value > x) if RIGHT else value < x
-        begin = tl.where(searching & goes_on, middle + 1, begin)
-        end = tl.where(searching & ~goes_on, middle, end)
-    return begin
+def _count(ptrs, n, most, x, here, RIGHT: tl.constexpr, A: tl.constexpr):
+    """How many of n values that do not decrease are below x, with RIGHT also those at x; the first
+    step is `most`."""
+    count = tl.zeros(x.shape, tl.int32)
+    step = most
+    while step > 0:
+        last = count + step - 1
+        inside = here & (last < n)
+        value = load(ptrs + last, inside, A)
+        passed = ~(value > x) if RIGHT else value < x
+        count = tl.where(inside & passed, last + 1, count)
+        step //= 2
+    return count
+
+
+@triton.jit
+def _power_of_two(n):
+    """The largest that is not above the largest n; 0 where there is none."""
+    most = tl.max(n, 0)
+    power = tl.minimum(most, 1)
+    while (power > 0) & (power <= most - power):
+        power *= 2
+    return power
 
 
 def fwd(
@@ -295,6 +313,10 @@ def fwd(
     loss, slope, slope_env = (w.new_empty(n, dtype=accumulator(w.dtype)) for n in (R, P, Q))
     until, u_until = (w.new_empty(n, dtype=torch.float64) for n in (Q, P))
     grid, tile = launch_packed(R + 2, max(P, Q), w.dtype)
+    # a block of samples and one of bins for the average ray
+    tile["BLOCK_E"], tile["BLOCK_S"] = (
+        min(max(triton.next_power_of_2(triton.cdiv(x, R + 2)), 16), tile["BLOCK_S"]) for x in (Q, P)
+    )
     # 4 samples a thread: 8 took 146 registers (sm_90), and spilled 8 bytes where ptxas chose 128
     tile["BLOCK_LONG"] //= 2
     packed_interlevel_loss_fwd_kernel[grid](
