@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import bounded, empty_gradient
+from .common import bounded, empty_gradient, light_at
 
 _MOMENTS = 6
 # 8 splats, or twice the channels, spilled (sm_90)
@@ -79,11 +79,21 @@ def _finite(x):
 
 
 @triton.jit
+def _ratio(x, y, A: tl.constexpr):
+    """x / y rounded once; triton's own is off by two units of the last digit in 32 bits."""
+    if tl.float64 == A:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
 def _alpha(
     means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D, min_alpha,
     max_alpha, HAS_DEPTHS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """alpha of splats at pixels, 0 where they are passed over; and dx, dy. [splats, pixels]"""
+    """alpha of splats at pixels, 0 where they are passed over; dx and dy, and how sigma changes
+    with them. [splats, pixels]"""
     A: tl.constexpr = means_ptr.dtype.element_ty
     mean_x = tl.load(means_ptr + 2 * g, mask=listed, other=0.0)
     mean_y = tl.load(means_ptr + 2 * g + 1, mask=listed, other=0.0)
@@ -98,11 +108,13 @@ def _alpha(
     seen = (listed & (nothing == 0))[:, None]
     dx = _finite(mean_x)[:, None] - x[None, :]
     dy = _finite(mean_y)[:, None] - y[None, :]
-    a, b, c = a[:, None], b[:, None], c[:, None]
-    sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
+    a, b, c = _finite(a)[:, None], _finite(b)[:, None], _finite(c)[:, None]
+    slope_x, slope_y = a * dx + b * dy, b * dx + c * dy
+    sigma = 0.5 * (dx * slope_x + dy * slope_y)
     seen = seen & (sigma >= 0)
-    most = opacity[:, None] * tl.exp(-tl.where(seen, sigma, 0.0))
-    return tl.where(seen & (most >= min_alpha), tl.minimum(most, max_alpha), 0.0), dx, dy
+    most = opacity[:, None] * light_at(tl.where(seen, sigma, 0.0), A)
+    alpha = tl.where(seen & (most >= min_alpha), tl.minimum(most, max_alpha), 0.0)
+    return alpha, dx, dy, slope_x, slope_y
 
 
 @triton.jit
@@ -175,7 +187,7 @@ def composite_tiles_fwd_kernel(
     going = n > 0
     while going:
         _place, listed, g = _splats(ids_ptr, begin, i, n, P, BLOCK_K)
-        alpha, _dx, _dy = _alpha(
+        alpha, _dx, _dy, _slope_x, _slope_y = _alpha(
             means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
             min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
@@ -188,7 +200,7 @@ def composite_tiles_fwd_kernel(
         i += BLOCK_K
         going = (i < n) & (tl.max(live.to(tl.int32), 0) > 0)
     if HAS_DEPTHS:
-        mean = total / tl.where(met > 0, met, 1.0)[None, :]
+        mean = _ratio(total, tl.where(met > 0, met, 1.0)[None, :], A)
         stored = exists[None, :] & (channel == D)[:, None]
         tl.store(depth_ptr + pixel[None, :] + 0 * channel[:, None], mean, mask=stored)
     at, colored = _image(pixel, exists, channel, D)
@@ -262,7 +274,7 @@ def composite_tiles_bwd_kernel(
     while going:
         tl.store(kept_ptr + i // BLOCK_K * PIXELS, tl.where(live, passing, -1.0))
         _place, listed, g = _splats(ids_ptr, begin, i, n, P, BLOCK_K)
-        alpha, _dx, _dy = _alpha(
+        alpha, _dx, _dy, _slope_x, _slope_y = _alpha(
             means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
             min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
@@ -306,7 +318,7 @@ def composite_tiles_bwd_kernel(
     while i > 0:
         i -= BLOCK_K
         place, listed, g = _splats(ids_ptr, begin, i, n, P, BLOCK_K)
-        alpha, dx, dy = _alpha(
+        alpha, dx, dy, slope_x, slope_y = _alpha(
             means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
             min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
         )  # fmt: skip
@@ -337,19 +349,17 @@ def composite_tiles_bwd_kernel(
         excess = shade - tl.where(passes, later / tl.where(passes, through, 1.0), 0.0)
         behind = tl.sum(own, 0) + end
         h = tl.where(alpha < max_alpha, weight * excess, 0.0)
-        h_x, h_y = h * dx, h * dy
+        # what is summed for means is not a sum of h dx and h dy, of which little may be left
+        to_x, to_y = h * slope_x, h * slope_y
         tl.store(row_ptrs, tl.sum(h, 1), mask=listed)
-        tl.store(row_ptrs + 1, tl.sum(h_x, 1), mask=listed)
-        tl.store(row_ptrs + 2, tl.sum(h_x * dx, 1), mask=listed)
-        tl.store(row_ptrs + 3, tl.sum(h_y, 1), mask=listed)
-        tl.store(row_ptrs + 4, tl.sum(h_x * dy, 1), mask=listed)
-        tl.store(row_ptrs + 5, tl.sum(h_y * dy, 1), mask=listed)
+        tl.store(row_ptrs + 1, tl.sum(to_x, 1), mask=listed)
+        tl.store(row_ptrs + 2, tl.sum(to_y, 1), mask=listed)
+        tl.store(row_ptrs + 3, tl.sum(h * dx * dx, 1), mask=listed)
+        tl.store(row_ptrs + 4, tl.sum(h * dx * dy, 1), mask=listed)
+        tl.store(row_ptrs + 5, tl.sum(h * dy * dy, 1), mask=listed)
         if MOMENTS > 6:
-            a = _finite(tl.load(conics_ptr + 3 * g, mask=listed, other=0.0))[:, None]
-            b = _finite(tl.load(conics_ptr + 3 * g + 1, mask=listed, other=0.0))[:, None]
-            c = _finite(tl.load(conics_ptr + 3 * g + 2, mask=listed, other=0.0))[:, None]
-            tl.store(row_ptrs + 6, tl.sum(tl.abs(a * h_x + b * h_y), 1), mask=listed)
-            tl.store(row_ptrs + 7, tl.sum(tl.abs(b * h_x + c * h_y), 1), mask=listed)
+            tl.store(row_ptrs + 6, tl.sum(tl.abs(to_x), 1), mask=listed)
+            tl.store(row_ptrs + 7, tl.sum(tl.abs(to_y), 1), mask=listed)
 
 
 @triton.jit
@@ -481,7 +491,7 @@ def bwd(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     *args, needs = rest
-    conics, colors, opacities, _, flatten_ids, depths, background, _, absgrad = args[:9]
+    _, colors, opacities, _, flatten_ids, depths, background, _, absgrad = args[:9]
     launch = _Launch(means2d, *args)
     width, height = args[9:11]
     absolute = bool(needs & 64) and absgrad is not None
@@ -522,11 +532,9 @@ def bwd(
         composite_tiles_bwd_splats_kernel[grid](
             sums, starts, places, partial, W, BLOCK=block, enable_fp_fusion=True
         )
-    h, h_x, h_xx, h_y, h_xy, h_yy = sums[:, :_MOMENTS].unbind(1)
-    # the conic of a splat that no tile has may be anything
-    a, b, c = torch.where(conics.isfinite().all(1, keepdim=True), conics, 0).unbind(1)
+    h, to_x, to_y, h_xx, h_xy, h_yy = sums[:, :_MOMENTS].unbind(1)
     grads = (
-        torch.stack([-(a * h_x + b * h_y), -(b * h_x + c * h_y)], 1),
+        torch.stack([-to_x, -to_y], 1),
         torch.stack([-0.5 * h_xx, -h_xy, -0.5 * h_yy], 1),
         sums[:, moments : moments + launch.D].to(colors.dtype),
         torch.where(h != 0, h / opacities, 0),
