@@ -46,6 +46,7 @@ struct DenseRays {
 
   __device__ A start(int64_t k) const { return widen(t[index * (samples + 1) + k]); }
   __device__ A end(int64_t k) const { return start(k + 1); }
+  __device__ int longest_of(const Piece& piece) const { return piece.count; }
   // each ray has one more edge than samples
   __device__ int edges_of(const Piece& piece) const { return piece.all + count; }
 
@@ -78,13 +79,6 @@ struct DenseRays {
     crew.write(to + front, here + front, edges_of(piece) - front);
   }
 };
-
-// The part of the block's shared memory that a crew has.
-template <class A, int kThreads>
-__device__ A* room_of(const Crew<kThreads>& crew, const Options& options, int arrays) {
-  A* const all = reinterpret_cast<A*>(shared_memory);
-  return all + crew.index * (arrays * options.chip + options.f_chip);
-}
 
 template <int kThreads, class T, class F>
 __global__ void __launch_bounds__(kBlock, kBlocks<T, 4>)

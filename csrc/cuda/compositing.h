@@ -5,6 +5,7 @@
 // these are few; of more channels kFew threads read a sector at a time, from memory.
 #pragma once
 
+#include "crew.h"
 #include "transmittance.h"
 
 #include <cstring>
@@ -71,71 +72,14 @@ __device__ inline float stopped(float x, float passed) {
 }
 __device__ inline double stopped(double x, double) { return -expm1(-x); }
 
-// A sum of tiles: what a step rounds off is added with the next one, so that a million samples lose
-// no more than a few.
-template <class A>
-struct TileSum {
-  A sum = 0, lost = 0;
-
-  __device__ void add(A x) {
-    const A term = x - lost, next = sum + term;
-    lost = (next - sum) - term;
-    sum = next;
-  }
-};
-
 // ---- on chip
 
-// The threads that read and write together, a team of which has each ray.
-template <int kThreads>
-struct Crew {
-  static constexpr int kSize = kThreads < kWarp ? kWarp : kThreads, kTeams = kSize / kThreads;
-
-  const Team<kThreads> team;
-  const int index = threadIdx.x / kSize, rank = threadIdx.x % kSize;
-  const int team_index = team.index % kTeams;
-
-  __device__ void sync() const {
-    if constexpr (kSize == kWarp) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  }
-  // Arrays of the crew on chip, one after the other; what they held has been read.
-  template <class T>
-  __device__ accumulator<T>* read(const T* from, accumulator<T>* room, int n) const {
-    accumulator<T>* const here = on_chip(room, from);
-    load(from, here, n, rank, kSize);
-    return here;
-  }
-  template <class T>
-  __device__ void write(T* to, const accumulator<T>* here, int n) const {
-    store(to, here, n, rank, kSize);
-  }
-};
-
-// The samples of a tile: of a crew's rays, which lie end to end, and of a team's and a thread's
-// among these.
-struct Piece {
-  int64_t first, from;  // in the ray, in memory
-  int all, own, count, begin = 0, end = 0;
-  bool exists;
-
-  template <class Rays>
-  __device__ Piece(const Rays& rays, int64_t tile_first, int tile)
-      : first(max(tile_first, int64_t{0})),
-        from(rays.begin + first),
-        own(rays.own),
-        count(static_cast<int>(min(tile_first + tile, rays.samples) - first)),
-        exists(rays.exists) {
-    all = rays.others + count;
-    constexpr int kThreads = Rays::kThreads;
-    const int each = (count + kThreads - 1) / kThreads | 1;
-    const int rank = rays.crew.team.rank;
-    if (exists) begin = own + min(rank * each, count), end = min(begin + each, own + count);
-  }
-};
+// The part of the block's shared memory that a crew has.
+template <class A, int kThreads>
+__device__ A* room_of(const Crew<kThreads>& crew, const Options& options, int arrays) {
+  A* const all = reinterpret_cast<A*>(shared_memory);
+  return all + crew.index * (arrays * options.chip + options.f_chip);
+}
 
 // Samples on chip, the first of the crew at 0.
 template <class A>
@@ -304,8 +248,9 @@ __device__ void composite(const Options& options, const Rays& rays, const Inputs
 
   LeftPass<kThreads, A> left{team, options};
   Sums<A, kFewChannels> own = {};
-  for (int64_t first = -rays.lead; first < rays.samples; first += tile) {
-    if (Rays::kOneTile && first > 0) break;
+  // all rays of a crew, empty ones too, have the same number of tiles
+  int64_t first = -rays.lead;
+  do {
     const Piece piece(rays, first, tile);
     // what they held has been read
     crew.sync();
@@ -351,7 +296,7 @@ __device__ void composite(const Options& options, const Rays& rays, const Inputs
       }
       if (has && group == 0) row[c] = (piece.first > 0 ? row[c] : A(0)) + sum;
     }
-  }
+  } while (!Rays::kOneTile && (first += tile) < rays.samples);
 
   const auto sums = left.sums();
   A own_channel = 0;
@@ -520,10 +465,10 @@ __device__ void composite_back(const Options& options, const Rays& rays,
       for (int k = piece.begin; k < piece.end; ++k) g[k] = share_at(k);
       crew.sync();
       const ChannelLanes<kThreads> lanes(team);
-      const int all = piece.count;
-      for (int k0 = 0; k0 < all; k0 += ChannelLanes<kThreads>::kGroups) {
+      const int longest = rays.longest_of(piece);
+      for (int k0 = 0; k0 < longest; k0 += ChannelLanes<kThreads>::kGroups) {
         const int k = piece.own + k0 + lanes.group;
-        const bool has = piece.exists && k0 + lanes.group < all;
+        const bool has = piece.exists && k0 + lanes.group < piece.count;
         A product = 0;
         if (has) {
           const A share = g[k];

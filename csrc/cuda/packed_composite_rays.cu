@@ -1,17 +1,14 @@
 // Compositing of packed rays: features = sum_i w_i f_i + (1 - sum_i w_i) background, depth and
-// accumulation, with w given or from densities. A warp owns a ray, a block a long one, a thread a
-// run of its samples in each tile. Forward: one pass over memory. Backward: one, and t and w once
-// more where a ray has several tiles; all heads are in a weight's gradient g_i = d_features . (f_i
-// - background) + d_accumulation + d_depth (s_i - depth) / sum_i w_i, d_f_i = w_i d_features; for
-// densities then the way back of ray_weights. docs/compositing.md
+// accumulation, with w given or from densities. A few threads own a ray, a warp or a block a longer
+// one, a thread a run of its samples in each tile. Forward: one pass over memory. Backward: one,
+// and t and w once more where a ray has several tiles; all heads are in a weight's gradient g_i =
+// d_features . (f_i - background) + d_accumulation + d_depth (s_i - depth) / sum_i w_i, d_f_i = w_i
+// d_features; for densities then the way back of ray_weights. docs/compositing.md
 #include "compositing.h"
-#include "packed.h"
+#include "packed_crew.h"
 
 namespace rayfuse {
 namespace {
-
-// A tile has so many samples for each thread: one tile is enough for most rays.
-constexpr int kMostItems = 4;
 
 template <class T>
 struct Times {
@@ -19,36 +16,28 @@ struct Times {
   T *d_starts, *d_ends;    // [P] or null
 };
 
-// The ray of a crew.
 template <int threads, class T>
-struct OneRay {
+struct TimedRays : PackedRays<threads> {
+  using Base = PackedRays<threads>;
   using A = accumulator<T>;
-  static constexpr int kThreads = threads;
+  using Base::begin, Base::crew, Base::own;
   // arrays of times on chip
   static constexpr int kTimes = 2;
-  static constexpr bool kOneTile = false, exists = true;
-  // of all that a warp has on chip
-  static constexpr int kRooms = threads / kWarp;
-  static constexpr int own = 0, others = 0;
 
   const Times<T>& t;
-  const int64_t index, begin, samples, lead;
-  const Crew<threads> crew = {};
 
-  // Tiles start at whole sectors.
-  __device__ OneRay(const Times<T>& t, const PackedRay& ray)
-      : t(t),
-        index(ray.index),
-        begin(ray.begin),
-        samples(ray.end - ray.begin),
-        lead(ray.begin - first_tile(ray.begin)) {}
+  __device__ TimedRays(const Times<T>& t, int64_t R, const PackedCrew& rays)
+      : Base(R, rays), t(t) {}
 
-  __device__ A start(int64_t k) const { return widen(t.starts[begin + k]); }
-  __device__ A end(int64_t k) const { return widen(t.ends[begin + k]); }
+  __device__ A start(int64_t k) const { return widen(t.starts[begin + own + k]); }
+  __device__ A end(int64_t k) const { return widen(t.ends[begin + own + k]); }
+  __device__ int longest_of(const Piece& piece) const {
+    return Base::kOneTile ? this->longest : piece.count;
+  }
 
   __device__ Samples<A> read(const Piece& piece, const Options& options, A* room) const {
     const A* const starts = crew.read(t.starts + piece.from, room, piece.all);
-    A* const ends = room + kRooms * options.chip;
+    A* const ends = room + Base::kRooms * options.chip;
     return {starts, crew.read(t.ends + piece.from, ends, piece.all), nullptr};
   }
   __device__ void* kept(int64_t sample) const {
@@ -68,30 +57,30 @@ struct OneRay {
   }
 };
 
-// Calls visit(ray, room) for the rays of the block.
+// Calls visit(rays, room) for the crews of the block.
 template <class T, class Visit>
-__device__ void for_each_ray(const Options& options, const Times<T>& t, const int64_t* offsets,
-                             int64_t R, int64_t P, int arrays, const Visit& visit) {
-  auto* const rooms = reinterpret_cast<accumulator<T>*>(shared_memory);
-  const int each = arrays * options.chip + options.f_chip;
-  for_each_packed_ray(offsets, R, P,
-                      [&]<int kThreads>(const Team<kThreads>& team, const PackedRay& ray) {
-                        visit(OneRay<kThreads, T>(t, ray), rooms + team.index * each);
-                      });
+__device__ void for_each_crew(const Options& options, const Times<T>& t, const int64_t* offsets,
+                              int64_t R, int64_t P, int arrays, const Visit& visit) {
+  for_each_packed_crew(offsets, R, P, options.tile,
+                       [&]<int kThreads>(const Team<kThreads>&, const PackedCrew& crew) {
+                         const TimedRays<kThreads, T> rays(t, R, crew);
+                         visit(rays,
+                               room_of<accumulator<T>>(rays.crew, options, arrays + rays.kTimes));
+                       });
 }
 
 template <class T, class F>
-__global__ void __launch_bounds__(kBlock, kBlocks<T, 3>)
+__global__ void __launch_bounds__(kCrewBlock, kBlocks<T, 6>)
     packed_composite_rays_fwd_kernel(Options options, int64_t R, int64_t P, Times<T> t,
                                      const int64_t* __restrict__ offsets,  // [R+1]
                                      Inputs<T, F> in, Outputs<accumulator<T>> out) {
-  for_each_ray(
-      options, t, offsets, R, P, kFwdArrays + 2,
-      [&](const auto& ray, accumulator<T>* room) { composite(options, ray, in, out, room); });
+  for_each_crew(options, t, offsets, R, P, kFwdArrays, [&](const auto& rays, accumulator<T>* room) {
+    composite(options, rays, in, out, room);
+  });
 }
 
 template <class T, class F>
-__global__ void __launch_bounds__(kBlock, kBlocks<T, 2>)
+__global__ void __launch_bounds__(kCrewBlock, kBlocks<T, 4>)
     packed_composite_rays_bwd_kernel(Options options, int64_t R, int64_t P,
                                      Incoming<accumulator<T>> d_out, Times<T> t,
                                      const int64_t* __restrict__ offsets,  // [R+1]
@@ -103,10 +92,9 @@ __global__ void __launch_bounds__(kBlock, kBlocks<T, 2>)
     if (d.w) d.w[k] = zero;
     for (int64_t c = 0; d.f && c < options.C; ++c) d.f[k * options.C + c] = narrow<F>(0);
   });
-  for_each_ray(options, t, offsets, R, P, kBwdArrays + 2,
-               [&](const auto& ray, accumulator<T>* room) {
-                 composite_back(options, ray, d_out, in, d, room);
-               });
+  for_each_crew(options, t, offsets, R, P, kBwdArrays, [&](const auto& rays, accumulator<T>* room) {
+    composite_back(options, rays, d_out, in, d, room);
+  });
 }
 
 }  // namespace
@@ -120,12 +108,12 @@ namespace {
 // Sets what is on chip, with so many arrays of a tile, and says how a kernel goes over the rays.
 template <class T, class F>
 Grid packed_grid(Options& options, int arrays, int64_t R, cudaStream_t stream) {
-  constexpr int kLeft = (kSharedBytes - 1024) / sizeof(accumulator<T>) / kPackedRays;
+  constexpr int kWarps = kCrewBlock / kWarp;
+  constexpr int kLeft = (kSharedBytes - 1024) / sizeof(accumulator<T>) / kWarps;
   int items = kMostItems, values;
   const auto fit = [&] { return options.template fit<T, F>(items * kWarp, items * kWarp, arrays); };
   while ((values = fit()) > kLeft) --items;
-  return {std::max<int64_t>(packed_blocks(R), 1), kBlock,
-          kPackedRays * values * sizeof(accumulator<T>), stream};
+  return {PackedCrew::blocks(R), kCrewBlock, kWarps * values * sizeof(accumulator<T>), stream};
 }
 
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& t_starts, const Tensor& t_ends,

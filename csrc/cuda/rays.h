@@ -159,7 +159,7 @@ template <int kThreads>
 struct Team {
   static constexpr int kLanes = kThreads < kWarp ? kThreads : kWarp;
   static constexpr int kWarps = kThreads / kLanes;
-  static_assert(kThreads == kFew || kThreads == kWarp || kThreads == kBlock);
+  static_assert(kThreads == kFew || kThreads % kWarp == 0);
 
   // the team's in the block, the thread's in the team
   const int index = threadIdx.x / kThreads, rank = threadIdx.x % kThreads;
