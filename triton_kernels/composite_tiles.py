@@ -1,11 +1,11 @@
 # Tile compositing, the formulas of csrc/cpu/composite_tiles.cpp: w_i = alpha_i T_i, T_{i+1} = T_i
 # (1 - alpha_i); image = sum_i w_i c_i + T bg, alpha = sum_i w_i, depth = sum_i w_i z_i / alpha,
 # median = z_i of the last i with T_i > 1/2.
-# A program owns a tile, and goes along its list BLOCK_K splats at a time with all pixels of the
-# tile: alphas, and sums over channels or pixels, of a block at once, T along it splat by splat.
-# Forward: a program for every BLOCK_C channels. Backward: once forward for T before each block,
-# once back with u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i +
-# alpha_i (<c_i, g> - u_i); sums of a splat meet in the order of tiles. docs/splats.md
+# A program of one warp owns PIXELS of a tile, and goes along its list splat by splat, BLOCK_K of
+# them unrolled. A kernel before packs splats; what is not finite loses its opacity. Forward: a
+# program for every BLOCK_C channels. Backward: once forward for T before each BLOCK_K, once back
+# with u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i + alpha_i
+# (<c_i, g> - u_i); sums of a splat meet in the order of tiles. docs/splats.md
 from __future__ import annotations
 
 from typing import Any
@@ -15,14 +15,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import bounded, empty_gradient, light_at
+from .common import empty_gradient, light_at
 
 _MOMENTS = 6
-# 8 splats, or twice the channels, spilled (sm_90)
+# a packed splat has its mean, conic and opacity, and from the last of these on its channels
+_VALUES = tl.constexpr(6)
+_CHANNELS = tl.constexpr(8)
+_BLOCK_P = 128
 _BLOCK_K = 4
-_CHANNEL_BYTES = 32
+# of a pixel for each thread: four in 32 bits
+_PIXEL_BYTES = 512
+_MOST_CHANNELS = 8
 # sums of a splat that a program adds up at a time
 _BLOCK_V = 32
+
+
+@triton.jit
+def composite_tiles_pack_kernel(
+    packed_ptr,  # [P, stride]
+    means_ptr,  # [P, 2]
+    conics_ptr,  # [P, 3]
+    colors_ptr,  # [P, D]
+    opacities_ptr,  # [P]
+    depths_ptr,  # [P]
+    P, D, stride,
+    HAS_DEPTHS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    A: tl.constexpr = means_ptr.dtype.element_ty
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    exists = p < P
+    values = ()
+    for i in tl.static_range(2):
+        values = values + (tl.load(means_ptr + 2 * p + i, mask=exists, other=0.0),)
+    for i in tl.static_range(3):
+        values = values + (tl.load(conics_ptr + 3 * p + i, mask=exists, other=0.0),)
+    values = values + (tl.load(opacities_ptr + p, mask=exists, other=0.0),)
+    # what is not finite, times 0, is NaN
+    nothing = tl.zeros((BLOCK_P,), A)
+    for i in tl.static_range(_VALUES):
+        nothing += 0 * values[i]
+    depth = tl.zeros((BLOCK_P,), A)
+    if HAS_DEPTHS:
+        depth = tl.load(depths_ptr + p, mask=exists, other=0.0)
+        nothing += 0 * depth
+    for c in range(D):
+        nothing += 0 * tl.load(colors_ptr + p * D + c, mask=exists, other=0.0).to(A)
+    to = packed_ptr + p * stride
+    for i in tl.static_range(_VALUES):
+        tl.store(to + i, tl.where(nothing == 0, values[i], 0.0), mask=exists)
+    colors = tl.where(exists, D, 0)
+    for c in range(stride - _CHANNELS):
+        value = tl.load(colors_ptr + p * D + c, mask=c < colors, other=0.0).to(A)
+        value += tl.where(c == D, depth, 0.0)
+        tl.store(to + _CHANNELS + c, tl.where(nothing == 0, value, 0.0), mask=exists)
 
 
 @triton.jit
@@ -41,11 +86,11 @@ def _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS: tl.constexpr):
 
 
 @triton.jit
-def _pixels(t, Y, X, H, W, SIZE: tl.constexpr, PIXELS: tl.constexpr):
-    """Image, index, column, row and existence of a tile's pixels."""
+def _pixels(t, part, Y, X, H, W, SIZE: tl.constexpr, PIXELS: tl.constexpr):
+    """Image, index, column, row and existence of pixels of a tile."""
     image = t // (Y * X)
     tile = t % (Y * X)
-    rank = tl.arange(0, PIXELS)
+    rank = part * PIXELS + tl.arange(0, PIXELS)
     column = tile % X * SIZE + rank % SIZE
     row = tile // X * SIZE + rank // SIZE
     exists = (rank < SIZE * SIZE) & (column < W) & (row < H)
@@ -53,29 +98,41 @@ def _pixels(t, Y, X, H, W, SIZE: tl.constexpr, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _splats(ids_ptr, begin, i, n, P, BLOCK_K: tl.constexpr):
-    """Places in flatten_ids from i on, which of them are of the list, and the splats there."""
-    k = i + tl.arange(0, BLOCK_K)
-    listed = k < n
-    g = tl.load(ids_ptr + begin + k, mask=listed, other=0)
-    return begin + k, listed, tl.minimum(tl.maximum(g, 0), P - 1)
+def _splats(packed_ptr, ids_ptr, begin, i, n, P, stride, BLOCK_K: tl.constexpr):
+    """The splats of a list from i on, and their values; no opacity behind the end of the list."""
+    splats = ()
+    for k in tl.static_range(BLOCK_K):
+        g = tl.load(ids_ptr + begin + tl.minimum(i + k, n - 1))
+        splats = splats + (packed_ptr + tl.minimum(tl.maximum(g, 0), P - 1) * stride,)
+    values = ()
+    for k in tl.static_range(BLOCK_K):
+        own = ()
+        for v in tl.static_range(_VALUES - 1):
+            own = own + (tl.load(splats[k] + v),)
+        opacity = tl.load(splats[k] + (_VALUES - 1))
+        values = values + (own + (tl.where(i + k < n, opacity, 0.0),),)
+    return splats, values
 
 
 @triton.jit
-def _channels(colors_ptr, depths_ptr, g, listed, c, D, HAS_DEPTHS: tl.constexpr, A: tl.constexpr):
-    """Channels c of splats, the depth behind their colours, [splats, channels]."""
-    colored = listed[:, None] & (c < D)[None, :]
-    value = tl.load(colors_ptr + g[:, None] * D + c[None, :], mask=colored, other=0.0).to(A)
-    if HAS_DEPTHS:
-        depth = tl.load(depths_ptr + g, mask=listed, other=0.0)
-        value += tl.where((c == D)[None, :], depth[:, None], 0.0)
-    return value
+def _slopes(values, x, y):
+    """dx and dy of pixels, and how sigma changes with them."""
+    dx, dy = values[0] - x, values[1] - y
+    a, b, c = values[2], values[3], values[4]
+    return dx, dy, tl.fma(a, dx, b * dy), tl.fma(b, dx, c * dy)
 
 
 @triton.jit
-def _finite(x):
-    # what is not finite, times 0, is NaN
-    return tl.where(x * 0 == 0, x, 0.0)
+def _meet(values, x, y, passing, live, min_alpha, max_alpha, ending, A: tl.constexpr):
+    """alpha of a splat at pixels, its weight, T behind it and which pixels go on."""
+    dx, dy, slope_x, slope_y = _slopes(values, x, y)
+    sigma = 0.5 * tl.fma(dx, slope_x, dy * slope_y)
+    most = values[5] * light_at(sigma, A)
+    alpha = tl.where((sigma >= 0) & (most >= min_alpha), tl.minimum(most, max_alpha), 0.0)
+    after = passing * (1 - alpha)
+    live = live & (after > ending)
+    weight = tl.where(live, alpha * passing, 0.0)
+    return alpha, weight, tl.where(live, after, passing), live
 
 
 @triton.jit
@@ -88,127 +145,71 @@ def _ratio(x, y, A: tl.constexpr):
 
 
 @triton.jit
-def _alpha(
-    means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D, min_alpha,
-    max_alpha, HAS_DEPTHS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """alpha of splats at pixels, 0 where they are passed over; dx and dy, and how sigma changes
-    with them. [splats, pixels]"""
-    A: tl.constexpr = means_ptr.dtype.element_ty
-    mean_x = tl.load(means_ptr + 2 * g, mask=listed, other=0.0)
-    mean_y = tl.load(means_ptr + 2 * g + 1, mask=listed, other=0.0)
-    a = tl.load(conics_ptr + 3 * g, mask=listed, other=0.0)
-    b = tl.load(conics_ptr + 3 * g + 1, mask=listed, other=0.0)
-    c = tl.load(conics_ptr + 3 * g + 2, mask=listed, other=0.0)
-    opacity = tl.load(opacities_ptr + g, mask=listed, other=0.0)
-    nothing = 0 * (mean_x + mean_y + a + b + c + opacity)
-    for first in range(0, D + HAS_DEPTHS, BLOCK_C):
-        at = first + tl.arange(0, BLOCK_C)
-        nothing += tl.sum(0 * _channels(colors_ptr, depths_ptr, g, listed, at, D, HAS_DEPTHS, A), 1)
-    seen = (listed & (nothing == 0))[:, None]
-    dx = _finite(mean_x)[:, None] - x[None, :]
-    dy = _finite(mean_y)[:, None] - y[None, :]
-    a, b, c = _finite(a)[:, None], _finite(b)[:, None], _finite(c)[:, None]
-    slope_x, slope_y = a * dx + b * dy, b * dx + c * dy
-    sigma = 0.5 * (dx * slope_x + dy * slope_y)
-    seen = seen & (sigma >= 0)
-    most = opacity[:, None] * light_at(tl.where(seen, sigma, 0.0), A)
-    alpha = tl.where(seen & (most >= min_alpha), tl.minimum(most, max_alpha), 0.0)
-    return alpha, dx, dy, slope_x, slope_y
-
-
-@triton.jit
-def _moved(x, by: tl.constexpr, edge):
-    """Row k + by of a block in the place of row k."""
-    K: tl.constexpr = x.shape[0]
-    from_ = tl.broadcast_to((tl.arange(0, K) + by)[:, None], x.shape)
-    inside = (from_ >= 0) & (from_ < K)
-    return tl.where(inside, tl.gather(x, tl.minimum(tl.maximum(from_, 0), K - 1), 0), edge)
-
-
-@triton.jit
-def _weigh(alpha, passing, live, ending):
-    """Weights of a block of splats, T before each, and T and who goes on behind the block."""
-    K: tl.constexpr = alpha.shape[0]
-    k = tl.arange(0, K)[:, None]
-    through = tl.cumprod(1 - alpha, 0)
-    after = passing[None, :] * through
-    end = tl.min(tl.where(live[None, :] & (after > ending), K, k), 0)
-    met = k < end[None, :]
-    before = passing[None, :] * _moved(through, -1, 1.0)
-    weight = tl.where(met, alpha * before, 0.0)
-    # which falls along the block
-    passing = tl.min(tl.where(met, after, passing[None, :]), 0)
-    return weight, before, passing, end == K
-
-
-@triton.jit
-def _halfway(halfway, weight, before, i):
-    """The place in the list of the median, -1 for none, after a block of splats from i on."""
-    k = i + tl.arange(0, weight.shape[0])
-    early = (weight > 0) & (before > 0.5)
-    return tl.maximum(halfway, tl.max(tl.where(early, k[:, None], -1), 0))
-
-
-@triton.jit
 def composite_tiles_fwd_kernel(
     image_ptr,  # [I, H, W, D]
     opacity_ptr,  # [I, H, W]
     depth_ptr,  # [I, H, W]
     median_ptr,  # [I, H, W]
     constants_ptr,  # [4]
-    means_ptr,  # [P, 2]
-    conics_ptr,  # [P, 3]
-    colors_ptr,  # [P, D]
-    opacities_ptr,  # [P]
+    packed_ptr,  # [P, stride]
     offsets_ptr,  # [I, Y, X]
     ids_ptr,  # [M]
     depths_ptr,  # [P]
     background_ptr,  # [I, D], [I, H, W, D]
     masks_ptr,  # [I, Y, X]
-    P, D, Y, X, M, H, W, TILES,
+    P, D, stride, Y, X, M, H, W, TILES,
     SIZE: tl.constexpr, HAS_DEPTHS: tl.constexpr, HAS_MASKS: tl.constexpr,
-    BACKGROUND: tl.constexpr, PIXELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BACKGROUND: tl.constexpr, PARTS: tl.constexpr, PIXELS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    A: tl.constexpr = means_ptr.dtype.element_ty
-    t = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    A: tl.constexpr = packed_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    t = program // PARTS
+    channel = tl.program_id(1) * BLOCK_C
     max_alpha, min_alpha = tl.load(constants_ptr), tl.load(constants_ptr + 1)
     center, ending = tl.load(constants_ptr + 2), tl.load(constants_ptr + 3)
     begin, _listed, n = _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS)
-    image, pixel, column, row, exists = _pixels(t, Y, X, H, W, SIZE, PIXELS)
+    image, pixel, column, row, exists = _pixels(t, program % PARTS, Y, X, H, W, SIZE, PIXELS)
     x, y = column.to(A) + center, row.to(A) + center
     passing = tl.full((PIXELS,), 1.0, A)
     met = tl.zeros((PIXELS,), A)
     live = exists
-    total = tl.zeros((BLOCK_C, PIXELS), A)
+    totals = ()
+    for _ in tl.static_range(BLOCK_C):
+        totals = totals + (tl.zeros((PIXELS,), A),)
+    # the place in the list of the median
     halfway = tl.full((PIXELS,), -1, tl.int32)
     i = tl.zeros((), tl.int32)
     going = n > 0
     while going:
-        _place, listed, g = _splats(ids_ptr, begin, i, n, P, BLOCK_K)
-        alpha, _dx, _dy, _slope_x, _slope_y = _alpha(
-            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
-            min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
-        )  # fmt: skip
-        weight, before, passing, live = _weigh(alpha, passing, live, ending)
-        met += tl.sum(weight, 0)
-        if HAS_DEPTHS:
-            halfway = _halfway(halfway, weight, before, i)
-        color = _channels(colors_ptr, depths_ptr, g, listed, channel, D, HAS_DEPTHS, A)
-        total += tl.sum(_finite(color)[:, :, None] * weight[:, None, :], 0)
+        splats, values = _splats(packed_ptr, ids_ptr, begin, i, n, P, stride, BLOCK_K)
+        for k in tl.static_range(BLOCK_K):
+            before = passing
+            _alpha, weight, passing, live = _meet(
+                values[k], x, y, passing, live, min_alpha, max_alpha, ending, A
+            )
+            met += weight
+            if HAS_DEPTHS:
+                halfway = tl.where((weight > 0) & (before > 0.5), i + k, halfway)
+            more = ()
+            for c in tl.static_range(BLOCK_C):
+                color = tl.load(splats[k] + _CHANNELS + channel + c)
+                more = more + (totals[c] + weight * color,)
+            totals = more
         i += BLOCK_K
         going = (i < n) & (tl.max(live.to(tl.int32), 0) > 0)
-    if HAS_DEPTHS:
-        mean = _ratio(total, tl.where(met > 0, met, 1.0)[None, :], A)
-        stored = exists[None, :] & (channel == D)[:, None]
-        tl.store(depth_ptr + pixel[None, :] + 0 * channel[:, None], mean, mask=stored)
-    at, colored = _image(pixel, exists, channel, D)
-    if BACKGROUND != "none":
-        owner = pixel if BACKGROUND == "pixels" else image + 0 * pixel
-        behind, _colored = _image(owner, exists, channel, D)
-        total += passing[None, :] * tl.load(background_ptr + behind, mask=colored, other=0.0)
-    tl.store(image_ptr + at, total, mask=colored)
+    owner = pixel if BACKGROUND == "pixels" else image + 0 * pixel
+    colors = tl.where(exists, D, -1)
+    for c in tl.static_range(BLOCK_C):
+        total = totals[c]
+        if HAS_DEPTHS:
+            mean = _ratio(total, tl.where(met > 0, met, 1.0), A)
+            tl.store(depth_ptr + pixel, mean, mask=channel + c == colors)
+        colored = channel + c < colors
+        if BACKGROUND != "none":
+            behind = tl.load(background_ptr + owner * D + channel + c, mask=colored, other=0.0)
+            total += passing * behind
+        tl.store(image_ptr + pixel * D + channel + c, total, mask=colored)
     if tl.program_id(1) == 0:
         tl.store(opacity_ptr + pixel, met, mask=exists)
         median = tl.zeros((PIXELS,), A)
@@ -222,47 +223,41 @@ def composite_tiles_fwd_kernel(
 
 
 @triton.jit
-def _image(pixel, exists, c, D):
-    """Where channels c of pixels are, and which of them there are, [channels, pixels]."""
-    return pixel[None, :] * D + c[:, None], exists[None, :] & (c < D)[:, None]
-
-
-@triton.jit
 def composite_tiles_bwd_kernel(
-    partial_ptr,  # [M, MOMENTS + C]
-    kept_ptr,  # [M // BLOCK_K + tiles, PIXELS]
-    of_tiles_ptr,  # [tiles, D]
+    partial_ptr,  # [PARTS, M, MOMENTS + C]
+    kept_ptr,  # [M // BLOCK_K + tiles, PARTS, PIXELS]
+    of_tiles_ptr,  # [tiles, PARTS, D]
     d_background_ptr,  # [I, H, W, D]
     d_image_ptr,  # [I, H, W, D]
     d_opacity_ptr,  # [I, H, W]
     d_depth_ptr,  # [I, H, W]
     d_median_ptr,  # [I, H, W]
     constants_ptr,  # [4]
-    means_ptr,  # [P, 2]
-    conics_ptr,  # [P, 3]
-    colors_ptr,  # [P, D]
-    opacities_ptr,  # [P]
+    packed_ptr,  # [P, stride]
     offsets_ptr,  # [I, Y, X]
     ids_ptr,  # [M]
-    depths_ptr,  # [P]
+    _depths_ptr,
     background_ptr,  # [I, D], [I, H, W, D]
     masks_ptr,  # [I, Y, X]
-    P, D, Y, X, M, H, W, TILES,
+    P, D, stride, Y, X, M, H, W, TILES,
     SIZE: tl.constexpr, HAS_DEPTHS: tl.constexpr, HAS_MASKS: tl.constexpr,
     BACKGROUND: tl.constexpr, NEEDS_D_BACKGROUND: tl.constexpr, MOMENTS: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, PARTS: tl.constexpr, PIXELS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    A: tl.constexpr = means_ptr.dtype.element_ty
-    t = tl.program_id(0).to(tl.int64)
+    A: tl.constexpr = packed_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    t, part = program // PARTS, program % PARTS
     max_alpha, min_alpha = tl.load(constants_ptr), tl.load(constants_ptr + 1)
     center, ending = tl.load(constants_ptr + 2), tl.load(constants_ptr + 3)
     begin, listed_here, n = _tile(offsets_ptr, masks_ptr, t, TILES, M, HAS_MASKS)
-    image, pixel, column, row, exists = _pixels(t, Y, X, H, W, SIZE, PIXELS)
+    image, pixel, column, row, exists = _pixels(t, part, Y, X, H, W, SIZE, PIXELS)
     x, y = column.to(A) + center, row.to(A) + center
     C = D + HAS_DEPTHS
     width = MOMENTS + C
+    partial_ptr += (part * M + begin) * width
     # negative in pixels that have ended
-    kept_ptr += (begin // BLOCK_K + t) * PIXELS + tl.arange(0, PIXELS)
+    kept_ptr += (begin // BLOCK_K + t) * PARTS * PIXELS + part * PIXELS + tl.arange(0, PIXELS)
 
     passing = tl.full((PIXELS,), 1.0, A)
     met = tl.zeros((PIXELS,), A)
@@ -272,104 +267,127 @@ def composite_tiles_bwd_kernel(
     i = tl.zeros((), tl.int32)
     going = n > 0
     while going:
-        tl.store(kept_ptr + i // BLOCK_K * PIXELS, tl.where(live, passing, -1.0))
-        _place, listed, g = _splats(ids_ptr, begin, i, n, P, BLOCK_K)
-        alpha, _dx, _dy, _slope_x, _slope_y = _alpha(
-            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
-            min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
-        )  # fmt: skip
-        weight, before, passing, live = _weigh(alpha, passing, live, ending)
-        met += tl.sum(weight, 0)
-        if HAS_DEPTHS:
-            halfway = _halfway(halfway, weight, before, i)
-            depth = _finite(tl.load(depths_ptr + g, mask=listed, other=0.0))
-            distance += tl.sum(weight * depth[:, None], 0)
+        tl.store(kept_ptr + i // BLOCK_K * (PARTS * PIXELS), tl.where(live, passing, -1.0))
+        splats, values = _splats(packed_ptr, ids_ptr, begin, i, n, P, stride, BLOCK_K)
+        for k in tl.static_range(BLOCK_K):
+            before = passing
+            _alpha, weight, passing, live = _meet(
+                values[k], x, y, passing, live, min_alpha, max_alpha, ending, A
+            )
+            met += weight
+            if HAS_DEPTHS:
+                halfway = tl.where((weight > 0) & (before > 0.5), i + k, halfway)
+                distance += weight * tl.load(splats[k] + _CHANNELS + D)
         i += BLOCK_K
         going = (i < n) & (tl.max(live.to(tl.int32), 0) > 0)
 
     behind = -tl.load(d_opacity_ptr + pixel, mask=exists, other=0.0)
     d_distance = tl.zeros((PIXELS,), A)
+    d_median = tl.zeros((PIXELS,), A)
     if HAS_DEPTHS:
+        d_median = tl.load(d_median_ptr + pixel, mask=exists, other=0.0)
         d_depth = tl.load(d_depth_ptr + pixel, mask=exists & (met > 0), other=0.0)
-        d_distance = d_depth / tl.where(met > 0, met, 1.0)
-        behind += d_distance * (distance / tl.where(met > 0, met, 1.0))
+        most = tl.where(met > 0, met, 1.0)
+        d_distance = _ratio(d_depth, most, A)
+        behind += d_distance * _ratio(distance, most, A)
     if BACKGROUND != "none":
         owner = pixel if BACKGROUND == "pixels" else image + 0 * pixel
-        for first in range(0, D, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            at, colored = _image(pixel, exists, c, D)
-            of_owner, _colored = _image(owner, exists, c, D)
-            d_image = tl.load(d_image_ptr + at, mask=colored, other=0.0)
-            background = tl.load(background_ptr + of_owner, mask=colored, other=0.0)
-            behind += tl.sum(background * d_image, 0)
+        for c in range(D):
+            d_image = tl.load(d_image_ptr + pixel * D + c, mask=exists, other=0.0)
+            behind += d_image * tl.load(background_ptr + owner * D + c, mask=exists, other=0.0)
             if NEEDS_D_BACKGROUND:
-                own = passing[None, :] * d_image
+                own = passing * d_image
                 if BACKGROUND == "pixels":
-                    tl.store(d_background_ptr + at, own, mask=colored)
+                    tl.store(d_background_ptr + pixel * D + c, own, mask=exists)
                 else:
-                    tl.store(of_tiles_ptr + t * D + c, tl.sum(own, 1), mask=c < D)
+                    tl.store(of_tiles_ptr + program * D + c, tl.sum(own, 0))
 
     # nothing came to what follows the last splat that was met
     for start in range(tl.minimum(i, n) * width, listed_here * width, PIXELS):
         rest = start + tl.arange(0, PIXELS)
-        zeros = tl.zeros((PIXELS,), A)
-        tl.store(partial_ptr + begin * width + rest, zeros, mask=rest < listed_here * width)
+        tl.store(partial_ptr + rest, tl.zeros((PIXELS,), A), mask=rest < listed_here * width)
     tl.debug_barrier()
+    if ONE_CHUNK:
+        d_colors = _d_channels(0, d_image_ptr, d_distance, pixel, exists, D, HAS_DEPTHS, BLOCK_C)
     while i > 0:
         i -= BLOCK_K
-        place, listed, g = _splats(ids_ptr, begin, i, n, P, BLOCK_K)
-        alpha, dx, dy, slope_x, slope_y = _alpha(
-            means_ptr, conics_ptr, colors_ptr, opacities_ptr, depths_ptr, g, listed, x, y, D,
-            min_alpha, max_alpha, HAS_DEPTHS, BLOCK_C,
-        )  # fmt: skip
-        kept = tl.load(kept_ptr + i // BLOCK_K * PIXELS)
-        weight, _before, _passing, _live = _weigh(alpha, tl.abs(kept), kept >= 0, ending)
-        row_ptrs = partial_ptr + place * width
-        if HAS_DEPTHS:
-            at = halfway[None, :] == (i + tl.arange(0, BLOCK_K))[:, None]
-            d_halfway = tl.sum(tl.load(d_median_ptr + pixel[None, :], mask=at, other=0.0), 1)
-        shade = tl.zeros((BLOCK_K, PIXELS), A)
-        for first in range(0, C, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            d_color = _d_channels(d_image_ptr, d_distance, pixel, exists, c, D, HAS_DEPTHS)
-            color = _channels(colors_ptr, depths_ptr, g, listed, c, D, HAS_DEPTHS, A)
-            shade += tl.sum(_finite(color)[:, :, None] * d_color[None, :, :], 1)
-            d_sum = tl.sum(weight[:, None, :] * d_color[None, :, :], 2)
-            if HAS_DEPTHS:
-                d_sum += tl.where((c == D)[None, :], d_halfway[:, None], 0.0)
-            stored = listed[:, None] & (c < C)[None, :]
-            tl.store(row_ptrs[:, None] + MOMENTS + c[None, :], d_sum, mask=stored)
-        counted = tl.where(weight > 0, alpha, 0.0)
-        through = tl.cumprod(1 - counted, 0)
-        own = counted * _moved(through, -1, 1.0) * shade
-        end = tl.min(through, 0) * behind
-        # u where an alpha of 1 stands before it, or is it: nothing needs it
-        passes = through > 0
-        later = _moved(tl.cumsum(own, 0, reverse=True), 1, 0.0) + end[None, :]
-        excess = shade - tl.where(passes, later / tl.where(passes, through, 1.0), 0.0)
-        behind = tl.sum(own, 0) + end
-        h = tl.where(alpha < max_alpha, weight * excess, 0.0)
-        # what is summed for means is not a sum of h dx and h dy, of which little may be left
-        to_x, to_y = h * slope_x, h * slope_y
-        tl.store(row_ptrs, tl.sum(h, 1), mask=listed)
-        tl.store(row_ptrs + 1, tl.sum(to_x, 1), mask=listed)
-        tl.store(row_ptrs + 2, tl.sum(to_y, 1), mask=listed)
-        tl.store(row_ptrs + 3, tl.sum(h * dx * dx, 1), mask=listed)
-        tl.store(row_ptrs + 4, tl.sum(h * dx * dy, 1), mask=listed)
-        tl.store(row_ptrs + 5, tl.sum(h * dy * dy, 1), mask=listed)
-        if MOMENTS > 6:
-            tl.store(row_ptrs + 6, tl.sum(tl.abs(to_x), 1), mask=listed)
-            tl.store(row_ptrs + 7, tl.sum(tl.abs(to_y), 1), mask=listed)
+        splats, values = _splats(packed_ptr, ids_ptr, begin, i, n, P, stride, BLOCK_K)
+        kept = tl.load(kept_ptr + i // BLOCK_K * (PARTS * PIXELS))
+        passing, live = tl.abs(kept), kept >= 0
+        alphas, weights = (), ()
+        for k in tl.static_range(BLOCK_K):
+            alpha, weight, passing, live = _meet(
+                values[k], x, y, passing, live, min_alpha, max_alpha, ending, A
+            )
+            alphas, weights = alphas + (alpha,), weights + (weight,)
+        for k in tl.static_range(BLOCK_K - 1, -1, -1):
+            alpha, weight = alphas[k], weights[k]
+            listed = i + k < n
+            row_ptr = partial_ptr + tl.cast(i + k, tl.int64) * width
+            d_own = tl.where(halfway == i + k, d_median, 0.0)
+            if ONE_CHUNK:
+                shade = _shade(
+                    row_ptr + MOMENTS, 0, d_colors, weight, d_own, listed, splats[k], D,
+                    HAS_DEPTHS, BLOCK_C,
+                )  # fmt: skip
+            else:
+                shade = tl.zeros((PIXELS,), A)
+                for first in range(0, C, BLOCK_C):
+                    d_here = _d_channels(
+                        first, d_image_ptr, d_distance, pixel, exists, D, HAS_DEPTHS, BLOCK_C
+                    )
+                    shade += _shade(
+                        row_ptr + MOMENTS, first, d_here, weight, d_own, listed, splats[k], D,
+                        HAS_DEPTHS, BLOCK_C,
+                    )  # fmt: skip
+            excess = shade - behind
+            behind += tl.where(weight > 0, alpha, 0.0) * excess
+            h = tl.where(alpha < max_alpha, weight * excess, 0.0)
+            dx, dy, slope_x, slope_y = _slopes(values[k], x, y)
+            # sums of h dx and h dy would leave little in those that move a mean
+            to_x, to_y = h * slope_x, h * slope_y
+            tl.store(row_ptr, tl.sum(h, 0), mask=listed)
+            tl.store(row_ptr + 1, tl.sum(to_x, 0), mask=listed)
+            tl.store(row_ptr + 2, tl.sum(to_y, 0), mask=listed)
+            tl.store(row_ptr + 3, tl.sum(h * dx * dx, 0), mask=listed)
+            tl.store(row_ptr + 4, tl.sum(h * dx * dy, 0), mask=listed)
+            tl.store(row_ptr + 5, tl.sum(h * dy * dy, 0), mask=listed)
+            if MOMENTS > 6:
+                tl.store(row_ptr + 6, tl.sum(tl.abs(to_x), 0), mask=listed)
+                tl.store(row_ptr + 7, tl.sum(tl.abs(to_y), 0), mask=listed)
 
 
 @triton.jit
-def _d_channels(d_image_ptr, d_distance, pixel, exists, c, D, HAS_DEPTHS: tl.constexpr):
-    """Gradients of the sums of channels c, [channels, pixels]."""
-    at, colored = _image(pixel, exists, c, D)
-    d_color = tl.load(d_image_ptr + at, mask=colored, other=0.0)
-    if HAS_DEPTHS:
-        d_color += tl.where((c == D)[:, None], d_distance[None, :], 0.0)
-    return d_color
+def _d_channels(
+    first, d_image_ptr, d_distance, pixel, exists, D, HAS_DEPTHS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the sums of channels from the first on."""
+    found = ()
+    colors = tl.where(exists, D, -1)
+    for c in tl.static_range(BLOCK_C):
+        at = d_image_ptr + pixel * D + first + c
+        d_color = tl.load(at, mask=first + c < colors, other=0.0)
+        if HAS_DEPTHS:
+            d_color += tl.where(first + c == D, d_distance, 0.0)
+        found = found + (d_color,)
+    return found
+
+
+@triton.jit
+def _shade(
+    row_ptr, first, d_colors, weight, d_depth, listed, splat_ptr, D, HAS_DEPTHS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """<c, g> of channels from the first on, of a splat whose sums for them go to memory."""
+    shade = 0 * weight
+    for c in tl.static_range(BLOCK_C):
+        shade += tl.load(splat_ptr + _CHANNELS + first + c) * d_colors[c]
+        own = weight * d_colors[c]
+        if HAS_DEPTHS:
+            own += tl.where(first + c == D, d_depth, 0.0)
+        tl.store(row_ptr + first + c, tl.sum(own, 0), mask=listed & (first + c < D + HAS_DEPTHS))
+    return shade
 
 
 @triton.jit
@@ -377,18 +395,22 @@ def composite_tiles_bwd_splats_kernel(
     sums_ptr,  # [P, width]
     starts_ptr,  # [P+1]
     places_ptr,  # [M]
-    partial_ptr,  # [M, width]
+    partial_ptr,  # [PARTS, M, width]
+    M,
     width,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     A: tl.constexpr = sums_ptr.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), A)
+    part = tl.cast(M, tl.int64) * width * tl.arange(0, PARTS)[:, None]
+    here = (v < width)[None, :] & (part >= 0)
+    total = tl.zeros((PARTS, BLOCK), A)
     for k in range(tl.load(starts_ptr + p), tl.load(starts_ptr + p + 1)):
-        place = tl.load(places_ptr + k)
-        total += tl.load(partial_ptr + place * width + v, mask=v < width, other=0.0)
-    tl.store(sums_ptr + p * width + v, total, mask=v < width)
+        row = tl.load(places_ptr + k) * width
+        total += tl.load(partial_ptr + part + row + v[None, :], mask=here, other=0.0)
+    tl.store(sums_ptr + p * width + v, tl.sum(total, 0), mask=v < width)
 
 
 class _Launch:
@@ -424,19 +446,28 @@ class _Launch:
             least = torch.nextafter(least, least.new_tensor(-1.0))
         values = [max_alpha, min_alpha, center, least.item()]
         # absent tensors are never read
+        far = means2d if depths is None else depths
+        P = len(means2d)
+        block_c = min(max(self.C, 1), _MOST_CHANNELS)
+        self.chunks = max(triton.cdiv(self.C, block_c), 1)
+        stride = _CHANNELS.value + self.chunks * block_c
+        packed = means2d.new_empty(P, stride)
+        if P:
+            composite_tiles_pack_kernel[(triton.cdiv(P, _BLOCK_P),)](
+                packed, means2d, conics, colors, opacities, far, P, self.D, stride,
+                HAS_DEPTHS=depths is not None, BLOCK_P=_BLOCK_P, enable_fp_fusion=True,
+            )  # fmt: skip
         self.arguments = (
             torch.tensor(values, dtype=means2d.dtype, device=means2d.device),
-            means2d,
-            conics,
-            colors,
-            opacities,
+            packed,
             tile_offsets,
             flatten_ids,
-            means2d if depths is None else depths,
+            far,
             means2d if background is None else background,
             tile_offsets if masks is None else masks,
-            len(means2d),
+            P,
             self.D,
+            stride,
             Y,
             X,
             len(flatten_ids) if self.tiles else 0,
@@ -444,10 +475,10 @@ class _Launch:
             width,
             self.tiles,
         )
-        self.pixels = triton.next_power_of_2(size * size)
-        most = _CHANNEL_BYTES // means2d.itemsize
-        block_c = min(triton.next_power_of_2(max(self.C, 2)), most)
-        self.chunks = max(triton.cdiv(self.C, block_c), 1)
+        pixels = triton.next_power_of_2(size * size)
+        self.pixels = min(pixels, _PIXEL_BYTES // means2d.itemsize)
+        self.parts = pixels // self.pixels
+        self.programs = self.tiles * self.parts
         of_images = background is not None and len(background) == self.images
         self.background = "none" if background is None else "images" if of_images else "pixels"
         self.options: dict[str, Any] = {
@@ -455,10 +486,11 @@ class _Launch:
             "HAS_DEPTHS": depths is not None,
             "HAS_MASKS": masks is not None,
             "BACKGROUND": self.background,
+            "PARTS": self.parts,
             "PIXELS": self.pixels,
             "BLOCK_K": _BLOCK_K,
             "BLOCK_C": block_c,
-            "num_warps": min(max(self.pixels // 32, 1), 8),
+            "num_warps": 1,
             # asked for, as the default changes between triton 3.9 and 3.10
             "enable_fp_fusion": True,
         }
@@ -473,12 +505,8 @@ def fwd(means2d: Tensor, *args: Any) -> tuple[Tensor, ...]:
     width, height = args[9:11]
     outputs = launch.outputs(means2d, height, width)
     if launch.tiles:
-        grid = launch.tiles, launch.chunks
-        # at 119 to 128, and at 160 to 168 in double, no target spills
-        registers = 128 if means2d.dtype == torch.float32 else 168
-        composite_tiles_fwd_kernel[grid](
-            *outputs, *launch.arguments, **launch.options, **bounded(registers, means2d)
-        )
+        grid = launch.programs, launch.chunks
+        composite_tiles_fwd_kernel[grid](*outputs, *launch.arguments, **launch.options)
     return outputs
 
 
@@ -502,27 +530,30 @@ def bwd(
         means2d.new_zeros(like.shape) if d_y is None else d_y
         for d_y, like in zip((d_image, d_opacity, d_depth, d_median), shapes, strict=True)
     ]
-    partial = means2d.new_empty(M, W)
+    partial = means2d.new_empty(launch.parts, M, W)
     of_images = launch.background == "images"
-    of_tiles = means2d.new_empty(launch.tiles if of_images else 0, launch.D)
+    of_tiles = means2d.new_empty(launch.programs if of_images else 0, launch.D)
     absent = means2d.new_empty(0)
     d_background = absent
     if background is not None:
         d_background = empty_gradient(background, needs, 5)
     if launch.tiles:
-        composite_tiles_bwd_kernel[(launch.tiles,)](
+        composite_tiles_bwd_kernel[(launch.programs,)](
             partial,
-            means2d.new_empty(M // _BLOCK_K + launch.tiles, launch.pixels),
+            means2d.new_empty(M // _BLOCK_K + launch.tiles, launch.parts, launch.pixels),
             of_tiles,
             d_background,
             *d_outputs,
             *launch.arguments,
             NEEDS_D_BACKGROUND=bool(needs & 32) and background is not None,
             MOMENTS=moments,
+            ONE_CHUNK=launch.chunks == 1,
             **launch.options,
         )
     if of_images and needs & 32:
-        d_background = of_tiles.view(launch.images, launch.tiles_of_image, launch.D).sum(1)
+        d_background = of_tiles.view(
+            launch.images, launch.tiles_of_image * launch.parts, launch.D
+        ).sum(1)
     ids, places = flatten_ids.sort(stable=True)
     starts = torch.searchsorted(ids, torch.arange(P + 1, device=ids.device))
     sums = means2d.new_empty(P, W)
@@ -530,7 +561,15 @@ def bwd(
         block = triton.next_power_of_2(min(W, _BLOCK_V))
         grid = P, triton.cdiv(W, block)
         composite_tiles_bwd_splats_kernel[grid](
-            sums, starts, places, partial, W, BLOCK=block, enable_fp_fusion=True
+            sums,
+            starts,
+            places,
+            partial,
+            M,
+            W,
+            PARTS=launch.parts,
+            BLOCK=block,
+            enable_fp_fusion=True,
         )
     h, to_x, to_y, h_xx, h_xy, h_yy = sums[:, :_MOMENTS].unbind(1)
     grads = (
