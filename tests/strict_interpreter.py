@@ -19,6 +19,9 @@ def install():
     builder.create_masked_load = _checked_load(builder.create_masked_load)
     builder.create_masked_store = _checked_store(builder.create_masked_store)
     builder.cast_impl = _rounded(builder.cast_impl)
+    builder.create_fdiv = _of_float32(builder.create_fdiv, _divided)
+    builder.create_exp = _of_float32(builder.create_exp, _exp)
+    builder.create_log = _of_float32(builder.create_log, _log)
     executor = interpreter.GridExecutor
     executor._init_args_hst = _with_bounds(executor._init_args_hst)
     # infinities and NaN are as silent as on a GPU
@@ -85,6 +88,36 @@ def _rounded(cast):
         return interpreter.TensorHandle(data.view(torch.uint16).numpy(), tl.bfloat16)
 
     return rounded
+
+
+# ---- what is approximate in float32 on a GPU (PTX: div.full, ex2.approx, lg2.approx)
+
+
+def _of_float32(create, op):
+    def created(self, *handles):
+        if handles[0].data.dtype != np.float32:
+            return create(self, *handles)
+        data = op(*(x.data for x in handles)).astype(np.float32)
+        return interpreter.TensorHandle(data, handles[0].dtype.scalar)
+
+    return created
+
+
+def _divided(x, y):
+    ratio = np.reciprocal(y)
+    # a unit off where the last digit is odd: never for a number of few digits
+    odd = (y.view(np.int32) & 1).astype(bool)
+    return x * np.where(odd, np.nextafter(ratio, np.float32(0)), ratio)
+
+
+def _exp(x):
+    y = np.exp2((x * np.float32(np.log2(np.e))).astype(np.float64)).astype(np.float32)
+    # a subnormal is flushed
+    return np.where(y < np.finfo(np.float32).tiny, np.float32(0), y)
+
+
+def _log(x):
+    return np.log2(x.astype(np.float64)).astype(np.float32) * np.float32(np.log(2))
 
 
 def _cumsum(self, x):
