@@ -6,41 +6,77 @@
 // Backward: a row's weights once more, kept in cache, then from the last splat to the first with
 // u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i + alpha_i
 // (<c_i, g> - u_i). Sums of a splat over its tile meet in the order of tiles. docs/splats.md
+#include "columns.h"
 #include "tile.h"
 
 namespace rayfuse {
 namespace {
 
+// Between the first n pixels of a row, as they lie in memory, and its channels.
+template <class A>
+void store_pixels(A* pixels, int64_t D, int n, const A* channels) {  // [n, D], [D, kRow]
+  if (D == 3) {
+    for (int i = 0; i < n; i += kLanes<A>) {
+      const Columns<A, 3> columns{load(channels + i), load(channels + kRow + i),
+                                  load(channels + 2 * kRow + i)};
+      store_columns(pixels + 3 * i, columns, n - i);
+    }
+    return;
+  }
+  for (int i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < D; ++d) pixels[i * D + d] = channels[d * kRow + i];
+  }
+}
+template <class A>
+void load_pixels(const A* pixels, int64_t D, int n, A* channels) {
+  if (D == 3) {
+    for (int i = 0; i < n; i += kLanes<A>) {
+      const auto columns = load_columns<3>(pixels + 3 * i, n - i);
+      for (int d = 0; d < 3; ++d) store(channels + d * kRow + i, columns.column[d]);
+    }
+    return;
+  }
+  for (int i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < D; ++d) channels[d * kRow + i] = pixels[i * D + d];
+  }
+}
+
 // Tiles first..last.
 template <class T>
 RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene,
-                              accumulator<T>* image,     // [I, H, W, D]
-                              accumulator<T>* opacity,   // [I, H, W]
-                              accumulator<T>* depth,     // [I, H, W]
-                              accumulator<T>* median) {  // [I, H, W]
+                              const Splat<accumulator<T>>* splats,  // [P]
+                              accumulator<T>* image,                // [I, H, W, D]
+                              accumulator<T>* opacity,              // [I, H, W]
+                              accumulator<T>* depth,                // [I, H, W]
+                              accumulator<T>* median) {             // [I, H, W]
   using A = accumulator<T>;
-  Tile<T> tile(scene);
+  using Pixels = Row<A>;
+  Tile<T> tile(scene, splats);
   const int64_t D = scene.D;
   std::vector<A> sums(tile.C * kRow);
-  A passing[kRow], met[kRow];
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
     for (int r = 0; r < tile.rows; ++r) {
       tile.template weigh<false>(r, scene.depths);
       tile.blend_all(sums.data());
-      tile.transmittance.store_to(passing);
-      tile.opacity.store_to(met);
       const int64_t row = tile.index(r);
-      for (int i = 0; i < tile.columns; ++i) {
-        const A* const background = scene.background_at(tile.image, row + i);
-        for (int64_t d = 0; d < D; ++d) {
-          const A behind = background ? passing[i] * background[d] : A(0);
-          image[(row + i) * D + d] = sums[d * kRow + i] + behind;
+      if (scene.background) {
+        A passing[kRow];
+        tile.transmittance.store_to(passing);
+        for (int i = 0; i < tile.columns; ++i) {
+          const A* const background = scene.background_at(tile.image, row + i);
+          for (int64_t d = 0; d < D; ++d) sums[d * kRow + i] += passing[i] * background[d];
         }
-        opacity[row + i] = met[i];
-        const bool far = scene.depths && met[i] > 0;
-        depth[row + i] = far ? sums[D * kRow + i] / met[i] : A(0);
-        median[row + i] = far ? tile.color(tile.median(i))[D] : A(0);
+      }
+      store_pixels(image + row * D, D, tile.columns, sums.data());
+      tile.opacity.store_to(opacity + row, tile.columns);
+      std::fill_n(depth + row, tile.columns, A(0));
+      std::fill_n(median + row, tile.columns, A(0));
+      if (!scene.depths) continue;
+      tile.per_opacity(Pixels::load_from(&sums[D * kRow])).store_to(depth + row, tile.columns);
+      for (int i = 0; i < tile.columns; ++i) {
+        const int place = tile.median(i);
+        if (place >= 0) median[row + i] = tile.color(place)[D];
       }
     }
   }
@@ -58,64 +94,161 @@ struct RowGradients {
   // Also adds to, or writes, the gradient of the background, where it is wanted.
   void gather(const Tile<T>& tile, int r, const Incoming<A>& d, A* d_background) {
     const Scene<T>& scene = tile.scene;
-    const int64_t D = scene.D;
+    const int64_t D = scene.D, row = tile.index(r);
     channels.assign(tile.C * kRow, 0);
-    A passing[kRow], met[kRow], behinds[kRow] = {};
-    tile.transmittance.store_to(passing);
-    tile.opacity.store_to(met);
-    std::vector<A>& distance = distance_;
+    behind = {};
+    if (d.opacity) {
+      behind = Pixels::load_from(d.opacity + row, tile.columns);
+      for (auto& part : behind.part) part = -part;
+    }
+    if (d.image) {
+      load_pixels(d.image + row * D, D, tile.columns, channels.data());
+      if (scene.background) pass(tile, r, d.image + row * D, d_background);
+    }
     if (scene.depths && d.depth) {
-      distance.resize(tile.C * kRow);
-      tile.template blend<1>(D, distance.data());
+      distance_.resize(tile.C * kRow);
+      tile.template blend<1>(D, distance_.data());
+      const Pixels depth = tile.per_opacity(Pixels::load_from(&distance_[D * kRow]));
+      const Pixels d_sum = tile.per_opacity(Pixels::load_from(d.depth + row, tile.columns));
+      for (int p = 0; p < Pixels::kParts; ++p) behind.part[p] += d_sum.part[p] * depth.part[p];
+      d_sum.store_to(&channels[D * kRow]);
     }
-    const int64_t row = tile.index(r);
-    for (int i = 0; i < tile.columns; ++i) {
-      const A* const background = scene.background_at(tile.image, row + i);
-      A through = d.opacity ? -d.opacity[row + i] : A(0);
-      if (d.image) {
-        const A* const d_image = d.image + (row + i) * D;
-        for (int64_t c = 0; c < D; ++c) {
-          channels[c * kRow + i] = d_image[c];
-          if (background) through += background[c] * d_image[c];
-        }
-        if (d_background) {
-          A* const out = d_background + (scene.background_of_pixels ? (row + i) * D : 0);
-          for (int64_t c = 0; c < D; ++c) {
-            const A d_c = passing[i] * d_image[c];
-            out[c] = scene.background_of_pixels ? d_c : out[c] + d_c;
-          }
-        }
-      }
-      if (scene.depths && d.depth && met[i] > 0) {
-        const A d_sum = d.depth[row + i] / met[i];
-        channels[D * kRow + i] = d_sum;
-        through += d_sum * (distance[D * kRow + i] / met[i]);
-      }
-      behinds[i] = through;
-    }
-    behind = Pixels::load_from(behinds);
   }
 
  private:
+  // What the background takes part in.
+  void pass(const Tile<T>& tile, int r, const A* d_image, A* d_background) {
+    const Scene<T>& scene = tile.scene;
+    const int64_t D = scene.D, row = tile.index(r);
+    A passing[kRow], through[kRow];
+    tile.transmittance.store_to(passing);
+    behind.store_to(through);
+    for (int i = 0; i < tile.columns; ++i) {
+      const A *const background = scene.background_at(tile.image, row + i),
+                     *d_pixel = d_image + i * D;
+      for (int64_t c = 0; c < D; ++c) through[i] += background[c] * d_pixel[c];
+      if (!d_background) continue;
+      A* const out = d_background + (scene.background_of_pixels ? (row + i) * D : 0);
+      for (int64_t c = 0; c < D; ++c) {
+        const A d_c = passing[i] * d_pixel[c];
+        out[c] = scene.background_of_pixels ? d_c : out[c] + d_c;
+      }
+    }
+    behind = Pixels::load_from(through);
+  }
+
   std::vector<A> distance_;
 };
+
+// Of each splat of a tile, lane by lane over its rows: the sums of h, dy h and dy^2 h, as dx is the
+// same in all rows of a lane and can wait until they are done; and those that stand behind the
+// moments.
+template <class T>
+class SplatSums {
+ public:
+  using A = accumulator<T>;
+  using Pixels = Row<A>;
+
+  explicit SplatSums(const Scene<T>& scene) : width_(scene.sums()), sums_(width_) {}
+
+  void begin(int64_t n) {
+    of_h_.assign(3 * n, Pixels{});
+    others_.assign((width_ - kMoments) * n, vec<A>{});
+  }
+  // Of splat k: h, dy h, dy^2 h.
+  Pixels* of_h(int64_t k) { return &of_h_[3 * k]; }
+  vec<A>* others(int64_t k) { return others_.data() + (width_ - kMoments) * k; }
+
+  void add_up(int64_t k, const Pixels& dx, A* out) {  // [sums]
+    const Pixels* const h = of_h(k);
+    std::fill_n(sums_.begin(), kMoments, vec<A>{});
+    for (int p = 0; p < Pixels::kParts; ++p) {
+      const vec<A> x = dx.part[p];
+      sums_[0] += h[0].part[p];
+      sums_[1] += h[0].part[p] * x;
+      sums_[2] += h[0].part[p] * x * x;
+      sums_[3] += h[1].part[p];
+      sums_[4] += h[1].part[p] * x;
+      sums_[5] += h[2].part[p];
+    }
+    std::copy_n(others(k), width_ - kMoments, sums_.begin() + kMoments);
+    // 16 bytes at a time, the last of which may overlap those before them
+    for (int64_t i = 0; i < width_; i += kRays<A>) {
+      const int64_t from = std::min(i, width_ - kRays<A>);
+      const auto rows = each_column<A>([&](int j) { return sums_[from + j]; });
+      const auto sums = lane128<0>(sum_rows<A>(rows));
+      std::memcpy(out + from, &sums, sizeof sums);
+    }
+  }
+
+ private:
+  const int64_t width_;
+  std::vector<Pixels> of_h_;
+  std::vector<vec<A>> others_, sums_;
+};
+
+// Adds a row that was weighed, from its last splat to the first. C is the number of channels if
+// that is known here, so that their gradients stay in registers, else 0.
+template <int C, class T>
+void add_row(const Tile<T>& tile, int r, const RowGradients<T>& row, SplatSums<T>& sums) {
+  using A = accumulator<T>;
+  using Pixels = Row<A>;
+  const Scene<T>& scene = tile.scene;
+  const int64_t channels = C ? C : tile.C, absolute = scene.moments() - kMoments;
+  const A* const d_channels = row.channels.data();
+  Pixels g[C + 1], behind = row.behind;
+  for (int c = 0; c < C; ++c) g[c] = Pixels::load_from(d_channels + c * kRow);
+  for (int i = tile.count() - 1; i >= 0; --i) {
+    const Splat<A>& s = tile.splat(i);
+    const A* const color = tile.color(i);
+    const A dy = tile.dy(r, s);
+    const Pixels w = tile.weight[i].in_registers(), alpha = tile.alpha[i].in_registers();
+    Pixels* const of_h = sums.of_h(tile.place(i));
+    vec<A>* const others = sums.others(tile.place(i));
+    Pixels shade = {}, h;
+    for (int64_t c = 0; c < channels; ++c) {
+      vec<A> d_color = others[absolute + c];
+      for (int p = 0; p < Pixels::kParts; ++p) {
+        const vec<A> g_c = C ? g[c].part[p] : load(d_channels + c * kRow + p * kLanes<A>);
+        shade.part[p] += color[c] * g_c;
+        d_color += w.part[p] * g_c;
+      }
+      others[absolute + c] = d_color;
+    }
+    for (int p = 0; p < Pixels::kParts; ++p) {
+      const vec<A> excess = shade.part[p] - behind.part[p];
+      behind.part[p] += alpha.part[p] * excess;
+      h.part[p] = alpha.part[p] < scene.max_alpha ? w.part[p] * excess : vec<A>{};
+      of_h[0].part[p] += h.part[p];
+      of_h[1].part[p] += dy * h.part[p];
+      of_h[2].part[p] += dy * dy * h.part[p];
+    }
+    if (!scene.absolute) continue;
+    for (int p = 0; p < Pixels::kParts; ++p) {
+      const vec<A> dx = s.x - tile.pixel_x.part[p];
+      others[0] += magnitude<A>(h.part[p] * (2 * s.a * dx + s.b * dy) / kLog2E<A>);
+      others[1] += magnitude<A>(h.part[p] * (s.b * dx + 2 * s.c * dy) / kLog2E<A>);
+    }
+  }
+}
 
 // Tiles first..last.
 template <class T>
 RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene,
+                              const Splat<accumulator<T>>* splats,  // [P]
                               const Incoming<accumulator<T>>& d_outputs,
                               accumulator<T>* partial,         // [M, sums]
                               accumulator<T>* d_background) {  // [tiles, D], [I, H, W, D] or null
   using A = accumulator<T>;
   using Pixels = Row<A>;
-  Tile<T> tile(scene);
+  Tile<T> tile(scene, splats);
   RowGradients<T> row;
-  const int64_t C = tile.C, moments = scene.moments(), width = scene.sums();
+  SplatSums<T> sums(scene);
+  const int64_t width = scene.sums(), depth = width - 1 - kMoments;
   const A* const d_median = scene.depths ? d_outputs.median : nullptr;
-  std::vector<vec<A>> sums;
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
-    sums.assign(tile.n * width, vec<A>{});
+    sums.begin(tile.n);
     A* const d_own =
         d_background ? d_background + (scene.background_of_pixels ? 0 : t * scene.D) : nullptr;
     if (d_own && !scene.background_of_pixels) std::fill(d_own, d_own + scene.D, A(0));
@@ -125,54 +258,22 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
       for (int i = 0; d_median && i < tile.columns; ++i) {
         const int median = tile.median(i);
         if (median < 0) continue;
-        sums[tile.place(median) * width + moments + scene.D][0] += d_median[tile.index(r) + i];
+        sums.others(tile.place(median))[depth][0] += d_median[tile.index(r) + i];
       }
-      const A* const g = row.channels.data();
-      Pixels behind = row.behind;
-      for (int i = tile.count() - 1; i >= 0; --i) {
-        const Splat<A>& s = tile.splat(i);
-        const A* const color = tile.color(i);
-        const A dy = tile.dy(r, s);
-        const Pixels w = tile.weight[i];
-        vec<A>* const sum = &sums[tile.place(i) * width];
-        Pixels shade = {};
-        for (int64_t c = 0; c < C; ++c) {
-          vec<A> d_color = sum[moments + c];
-          for (int p = 0; p < Pixels::kParts; ++p) {
-            const vec<A> g_c = load(g + c * kRow + p * kLanes<A>);
-            shade.part[p] += color[c] * g_c;
-            d_color += w.part[p] * g_c;
-          }
-          sum[moments + c] = d_color;
-        }
-        vec<A> h = {}, h_x = {}, h_xx = {};
-        Pixels each;
-        for (int p = 0; p < Pixels::kParts; ++p) {
-          const vec<A> alpha = tile.alpha[i].part[p], excess = shade.part[p] - behind.part[p];
-          behind.part[p] += alpha * excess;
-          const vec<A> own = alpha < scene.max_alpha ? w.part[p] * excess : vec<A>{};
-          const vec<A> dx = s.x - tile.pixel_x.part[p];
-          each.part[p] = own;
-          h += own;
-          h_x += own * dx;
-          h_xx += own * dx * dx;
-        }
-        sum[0] += h;
-        sum[1] += h_x;
-        sum[2] += h_xx;
-        sum[3] += dy * h;
-        sum[4] += dy * h_x;
-        sum[5] += dy * dy * h;
-        if (!scene.absolute) continue;
-        for (int p = 0; p < Pixels::kParts; ++p) {
-          const vec<A> dx = s.x - tile.pixel_x.part[p];
-          sum[kMoments] += magnitude<A>(each.part[p] * (2 * s.a * dx + s.b * dy) / kLog2E<A>);
-          sum[kMoments + 1] += magnitude<A>(each.part[p] * (s.b * dx + 2 * s.c * dy) / kLog2E<A>);
-        }
+      if (tile.C == 3) {
+        add_row<3>(tile, r, row, sums);
+      } else if (tile.C == 4) {
+        add_row<4>(tile, r, row, sums);
+      } else {
+        add_row<0>(tile, r, row, sums);
       }
     }
     A* const out = partial + tile.begin * width;
-    for (int64_t i = 0; i < tile.n * width; ++i) out[i] = sum_lanes<A>(sums[i]);
+    for (int64_t k = 0; k < tile.n; ++k) {
+      const A x = tile.in_list(k).x;
+      const auto dx = Pixels::each([&](int p) { return x - tile.pixel_x.part[p]; });
+      sums.add_up(k, dx, out + k * width);
+    }
     std::fill(out + tile.n * width, out + tile.listed * width, A(0));
   }
 }
@@ -189,6 +290,11 @@ RAYFUSE_KERNEL void add_up(int64_t first, int64_t last, const Scene<T>& scene,
   for (int64_t p = first; p < last; ++p) {
     std::fill(sum.begin(), sum.end(), A(0));
     for (int64_t k = starts[p]; k < starts[p + 1]; ++k) {
+      if (k + kAhead < scene.M) {
+        const A* const later = partial + places[k + kAhead] * width;
+        __builtin_prefetch(later);
+        __builtin_prefetch(later + width - 1);
+      }
       const A* const part = partial + places[k] * width;
       for (int64_t i = 0; i < width; ++i) sum[i] += part[i];
     }
@@ -235,10 +341,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(
   dispatch(colors, [&](auto type) {
     using A = accumulator<decltype(type)>;
     const auto scene = call.scene<decltype(type)>();
+    const PreparedSplats splats(scene, means2d);
     A *image = mutable_data<A>(out.image), *alpha = mutable_data<A>(out.alpha),
       *depth = mutable_data<A>(out.depth), *median = mutable_data<A>(out.median);
     for_tiles(scene, [&](int64_t first, int64_t last) {
-      composite(first, last, scene, image, alpha, depth, median);
+      composite(first, last, scene, splats.data(), image, alpha, depth, median);
     });
   });
   return out.tensors();
@@ -262,6 +369,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     using T = decltype(type);
     using A = accumulator<T>;
     const auto scene = call.scene<T>(needs);
+    const PreparedSplats splats(scene, means2d);
     const Incoming<A> d_outputs{data<A>(d_image), data<A>(d_alpha), data<A>(d_depth),
                                 data<A>(d_median)};
     const auto d_inputs = d.outgoing<T>();
@@ -271,7 +379,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     A* const of_tiles = mutable_data<A>(d.background_of_tiles);
     if (d_background) std::fill(d_background, d_background + d.background.numel(), A(0));
     for_tiles(scene, [&](int64_t first, int64_t last) {
-      gradients(first, last, scene, d_outputs, partial, of_tiles ? of_tiles : d_background);
+      gradients(first, last, scene, splats.data(), d_outputs, partial,
+                of_tiles ? of_tiles : d_background);
     });
     if (of_tiles) add_up_tiles(scene, of_tiles, d_background);
     // where each splat stands in the lists, in order

@@ -104,6 +104,24 @@ V multiply_add(V a, V b, V c) {
 #endif
 }
 
+// a < b ? a : b and a > b ? a : b, in one instruction each: b where either is NaN.
+template <class V>
+V smaller(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, vec<float>>) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, vec<double>>) return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
+#endif
+  return a < b ? a : b;
+}
+template <class V>
+V larger(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, vec<float>>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, vec<double>>) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#endif
+  return a > b ? a : b;
+}
+
 // ---- between memory and a register; with n, only the first n lanes, the others are 0
 
 template <class T>

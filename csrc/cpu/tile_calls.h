@@ -49,4 +49,24 @@ void for_tiles(const Scene<T>& scene, const F& f) {
       [&](int64_t begin, int64_t end) { f(first_from(begin), first_from(end)); });
 }
 
+// The splats as tiles take them.
+template <class T>
+class PreparedSplats {
+ public:
+  using A = accumulator<T>;
+
+  PreparedSplats(const Scene<T>& scene, const Tensor& means2d)
+      : memory_(empty(means2d, {scene.P, sizeof(Splat<A>) / sizeof(A)}, dtype_of(means2d))) {
+    Splat<A>* const splats = data();
+    torch::stable::parallel_for(0, scene.P, 1 << 10, [&](int64_t first, int64_t last) {
+      prepare(first, last, scene, splats);
+    });
+  }
+
+  Splat<A>* data() const { return reinterpret_cast<Splat<A>*>(mutable_data<A>(memory_)); }
+
+ private:
+  const Tensor memory_;
+};
+
 }  // namespace rayfuse

@@ -9,9 +9,10 @@ namespace {
 // Tiles first..last.
 template <class A>
 RAYFUSE_KERNEL void count(int64_t first, int64_t last, const Scene<A>& scene,
-                          int32_t* counts) {  // [I, H, W]
+                          const Splat<A>* splats,  // [P]
+                          int32_t* counts) {       // [I, H, W]
   using Pixels = Row<A>;
-  Tile<A> tile(scene);
+  Tile<A> tile(scene, splats);
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
     for (int r = 0; r < tile.rows; ++r) {
@@ -31,10 +32,11 @@ RAYFUSE_KERNEL void count(int64_t first, int64_t last, const Scene<A>& scene,
 // Tiles first..last; the pixels' own begin at `begins`.
 template <class A>
 RAYFUSE_KERNEL void collect(int64_t first, int64_t last, const Scene<A>& scene,
-                            const int64_t* begins,  // [I, H, W]
-                            int64_t* ids,           // [K]
-                            A* weights) {           // [K]
-  Tile<A> tile(scene);
+                            const Splat<A>* splats,  // [P]
+                            const int64_t* begins,   // [I, H, W]
+                            int64_t* ids,            // [K]
+                            A* weights) {            // [K]
+  Tile<A> tile(scene, splats);
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
     for (int r = 0; r < tile.rows; ++r) {
@@ -86,14 +88,17 @@ std::tuple<Tensor, Tensor, Tensor> lookup(const Tensor& means2d, const Tensor& c
     using A = decltype(type);
     auto scene = call.scene<A>();
     scene.begun = data<A>(transmittance);
+    const PreparedSplats splats(scene, means2d);
     auto* const of_pixels = mutable_data<int32_t>(counts);
-    for_tiles(scene, [&](int64_t first, int64_t last) { count(first, last, scene, of_pixels); });
+    for_tiles(scene, [&](int64_t first, int64_t last) {
+      count(first, last, scene, splats.data(), of_pixels);
+    });
     std::vector<int64_t> begins(counts.numel() + 1);
     for (int64_t i = 0; i < counts.numel(); ++i) begins[i + 1] = begins[i] + of_pixels[i];
     const Tensor ids = empty(means2d, {begins.back()}, aoti_torch_dtype_int64());
     const Tensor weights = empty(means2d, {begins.back()}, dtype_of(means2d));
     for_tiles(scene, [&](int64_t first, int64_t last) {
-      collect(first, last, scene, begins.data(), mutable_data<int64_t>(ids),
+      collect(first, last, scene, splats.data(), begins.data(), mutable_data<int64_t>(ids),
               mutable_data<A>(weights));
     });
     return std::tuple(counts, ids, weights);
