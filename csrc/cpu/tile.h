@@ -217,8 +217,8 @@ class Tile {
   template <bool keep, bool to_half>
   void weigh(int r) {
     here_ = &row_lists_[r * n];
-    // where a pixel has ended, as much as ends it, which no product raises: so a splat waits for a
-    // product and a maximum of the one before it, and for no comparison
+    // As no product raises it, a pixel that has ended stays so, and a splat waits for no comparison
+    // of the one before it: for a product, and a maximum that spares subnormal numbers.
     Pixels passing = begun(r), left = passing, sum = {};
     lane_index<A> halfway[Pixels::kParts];
     for (auto& part : halfway) part = lane_index<A>{} - 1;
