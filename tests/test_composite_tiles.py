@@ -103,6 +103,7 @@ class TestCompositeTiles(FullTiles):
     leading = (4,)
     # the gradient of absgrad is not that of what it does
     small = dict(tile_size=4, image_width=4, image_height=3, absgrad=None)
+    colour_alone = dict(small, depths=None)
     variants = (
         small,
         dict(small, preset="inria", min_alpha=0.2, depths=None, masks=None, background=None),
@@ -155,6 +156,14 @@ class TestCompositeTiles(FullTiles):
         for variant in self.wide_variants:
             args = self.inputs((1,), device=device, seed=3, **{**self.wide, "N": N})
             self.assert_as_right_as_torch(args, variant=variant)
+
+    @pytest.mark.parametrize("depth", [False, True])
+    def test_colours_with_and_without_depth_are_as_right_as_torch(
+        self, forced_backend, device, depth
+    ):
+        """Numbers of channels that kernels keep in registers."""
+        args = self.inputs((1,), device=device, **{**self.typical, "N": 12, "D": 3})
+        self.assert_as_right_as_torch(args, variant=self.small if depth else self.colour_alone)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
     def test_many_channels_are_as_right_as_torch(self, forced_backend, device, dtype):
@@ -341,7 +350,9 @@ class TestCompositeTiles(FullTiles):
 
     def test_second_splat_at_the_limit_ends_the_pixel_of_gsplat(self, forced_backend, device):
         """(1 - 0.99)^2 <= 1e-4 in float32: it is left out, and so is what follows."""
-        out, _ = self.one_pixel(device, [1.0, 1.0, 0.5], preset="gsplat")
+        background = torch.full((1,), 100.0, device=device)
+        out, _ = self.one_pixel(device, [1.0, 1.0, 0.5], preset="gsplat", background=background)
+        torch.testing.assert_close(out.colors.item(), 0.99 + 0.01 * 100, rtol=1e-5, atol=0)
         torch.testing.assert_close(out.depth.item(), 1.0)
         torch.testing.assert_close(out.alpha.item(), 0.99)
 
