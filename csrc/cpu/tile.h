@@ -164,7 +164,7 @@ class Tile {
   int count() const { return count_; }
   const Splat<A>& splat(int i) const { return list_[here_[i]]; }
   const Splat<A>& in_list(int64_t k) const { return list_[k]; }
-  const A* color(int i) const { return &color_[here_[i] * C]; }
+  const A* color(int i) const { return color_.data() + here_[i] * C; }
   int place(int i) const { return here_[i]; }
   int64_t id(int i) const { return scene.ids[begin + here_[i]]; }
   // Of pixel i of the row, where in its list the median is; -1 if it met nothing.
@@ -216,7 +216,7 @@ class Tile {
 
   template <bool keep, bool to_half>
   void weigh(int r) {
-    here_ = &row_lists_[r * n];
+    here_ = row_lists_.data() + r * n;
     // As no product raises it, a pixel that has ended stays so, and a splat waits for no comparison
     // of the one before it: for a product, and a maximum that spares subnormal numbers.
     Pixels passing = begun(r), left = passing, sum = {};
@@ -268,7 +268,7 @@ class Tile {
   void gather(int64_t k) {
     const int64_t id = scene.ids[begin + k];
     list_[k] = splats_[id];
-    A* const color = &color_[k * C];
+    A* const color = color_.data() + k * C;
     for (int64_t d = 0; d < scene.D; ++d) color[d] = widen(scene.colors[id * scene.D + d]);
     if (scene.depths) color[scene.D] = scene.depths[id];
   }
