@@ -23,7 +23,7 @@ __device__ auto scan_light(const Team<kThreads>& team, const Tile& tile, const A
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
+__global__ void __launch_bounds__(kBlock, 1)
     alpha_weights_fwd_kernel(int64_t R, int64_t S, int rays_per_block, int tile_size, int chip,
                              const T* __restrict__ alpha,                   // [R, S]
                              accumulator<T>* __restrict__ w,                // [R, S]
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>)) alpha_weights_bwd_kernel(
+__global__ void __launch_bounds__(kBlock, 1) alpha_weights_bwd_kernel(
     int64_t R, int64_t S, int rays_per_block, int tile_size, int chip,
     const accumulator<T>* __restrict__ d_w,              // [R, S] or null
     const accumulator<T>* __restrict__ d_transmittance,  // [R, S+1] or null

@@ -133,7 +133,7 @@ struct Tile {
 };
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     distortion_loss_fwd_kernel(int64_t R, int64_t S, int rays_per_block, int tile_size, int chip,
                                const T* __restrict__ t,              // [R, S+1]
                                const T* __restrict__ w,              // [R, S]
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     distortion_loss_bwd_kernel(int64_t R, int64_t S, int rays_per_block, int tile_size, int chip,
                                const accumulator<T>* __restrict__ d_loss,  // [R]
                                const T* __restrict__ t,                    // [R, S+1]

@@ -11,7 +11,7 @@ namespace rayfuse {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_alpha_weights_fwd_kernel(int64_t R, int64_t P,
                                     const T* __restrict__ alpha,               // [P]
                                     const int64_t* __restrict__ offsets,       // [R+1]
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_alpha_weights_bwd_kernel(int64_t R, int64_t P,
                                     const accumulator<T>* __restrict__ d_w,          // [P] or null
                                     const accumulator<T>* __restrict__ d_light,      // [P] or null

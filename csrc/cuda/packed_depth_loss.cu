@@ -32,7 +32,7 @@ __device__ void for_each_sample(const Team<kThreads>& team, const PackedRay& ray
 }
 
 template <DepthForm form, class T>
-__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_depth_loss_fwd_kernel(int64_t R, int64_t P, Constants<accumulator<T>> constants,
                                  const T* __restrict__ w,              // [P]
                                  const T* __restrict__ s,              // [P]
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
 }
 
 template <DepthForm form, class T>
-__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_depth_loss_bwd_kernel(int64_t R, int64_t P, Constants<accumulator<T>> constants,
                                  const accumulator<T>* __restrict__ d_loss,  // [R]
                                  const T* __restrict__ w,                    // [P]

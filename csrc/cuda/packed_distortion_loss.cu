@@ -79,7 +79,7 @@ struct Tile {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_distortion_loss_fwd_kernel(int64_t R, int64_t P,
                                       const T* __restrict__ t_starts,       // [P]
                                       const T* __restrict__ t_ends,         // [P]
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 3 * kPackedBlocks<T> / 4)
+__global__ void __launch_bounds__(kBlock, 3 * kResidentBlocks<T> / 4)
     packed_distortion_loss_bwd_kernel(int64_t R, int64_t P,
                                       const accumulator<T>* __restrict__ d_loss,  // [R]
                                       const T* __restrict__ t_starts,             // [P]

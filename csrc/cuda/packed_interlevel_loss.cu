@@ -137,7 +137,7 @@ __device__ Uncovered<accumulator<T>> uncovered(const Team<kThreads>& team,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_interlevel_loss_fwd_kernel(int64_t R, int64_t outside, accumulator<T> eps,
                                       PackedIntervals<T> samples, PackedIntervals<T> bins,
                                       accumulator<T>* __restrict__ loss,  // [R]

@@ -92,7 +92,7 @@ struct Inputs {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_normal_losses_fwd_kernel(int64_t R, int64_t P, Inputs<T> in,
                                     const int64_t* __restrict__ offsets,                   // [R+1]
                                     accumulator<T>* __restrict__ orientation_loss,         // [R]
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>)) packed_normal_losses_bwd_kernel(
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>) packed_normal_losses_bwd_kernel(
     int64_t R, int64_t P, Inputs<T> in,
     const accumulator<T>* __restrict__ d_orientation_loss,       // [R] or null
     const accumulator<T>* __restrict__ d_predicted_normal_loss,  // likewise

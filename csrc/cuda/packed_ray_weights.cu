@@ -53,7 +53,7 @@ struct Samples {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_ray_weights_fwd_kernel(int64_t R, int64_t P, Densities<T> all,
                                   const int64_t* __restrict__ offsets,       // [R+1]
                                   accumulator<T>* __restrict__ w,            // [P]
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, 3 * kPackedBlocks<T> / 4)
+__global__ void __launch_bounds__(kBlock, 3 * kResidentBlocks<T> / 4)
     packed_ray_weights_bwd_kernel(int64_t R, int64_t P,
                                   const accumulator<T>* __restrict__ d_w,          // [P] or null
                                   const accumulator<T>* __restrict__ d_light,      // [P] or null

@@ -13,7 +13,7 @@ namespace rayfuse {
 namespace {
 
 template <bool is_product, class T, class U>
-__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_scan_fwd_kernel(int64_t R, int64_t P, bool exclusive, bool reverse,
                            const T* __restrict__ x,              // [P]
                            const int64_t* __restrict__ offsets,  // [R+1]
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock, kPackedBlocks<T>)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     packed_scan_bwd_kernel(int64_t R, int64_t P, bool exclusive, bool reverse,
                            const accumulator<T>* __restrict__ d_y,  // [P]
                            const T* __restrict__ x,                 // [P]

@@ -14,9 +14,6 @@ namespace rayfuse {
 
 // Samples of a thread that are loaded before the first is used.
 constexpr int kItems = 4;
-// Blocks that the registers of an SM must suffice for.
-template <class T>
-constexpr int kPackedBlocks = 16 / sizeof(accumulator<T>);
 
 // One block at least, for samples of no ray.
 inline Grid packed_grid(int64_t R, cudaStream_t stream) {

@@ -35,7 +35,7 @@ __device__ A depth_at(const Medium<A>& medium, const Tile& tile, int k, bool opa
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
+__global__ void __launch_bounds__(kBlock, 1)
     ray_weights_fwd_kernel(int64_t R, int64_t S, bool opaque_background, int rays_per_block,
                            int tile_size, int chip,
                            const T* __restrict__ sigma,                   // [R, S]
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
 }
 
 template <int kThreads, class T>
-__global__ void __launch_bounds__(kBlock, 16 / sizeof(accumulator<T>))
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<T>)
     ray_weights_bwd_kernel(int64_t R, int64_t S, bool opaque_background, int rays_per_block,
                            int tile_size, int chip,
                            const accumulator<T>* __restrict__ d_w,              // [R, S] or null

@@ -40,6 +40,10 @@ constexpr int kFew = 8;
 constexpr unsigned kAllLanes = 0xffffffff;
 // Threads in a block, whatever the teams.
 constexpr int kBlock = 256;
+// Blocks that the registers of a multiprocessor must suffice for: their warps hide what each of
+// them waits for, and nvcc takes more registers than it needs where it may.
+template <class T>
+constexpr int kResidentBlocks = 16 / sizeof(accumulator<T>);
 
 // ---- values of a ray on chip
 
