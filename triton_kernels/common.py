@@ -153,6 +153,15 @@ def stopped(x, A: tl.constexpr):
 
 
 @triton.jit
+def ratio(x, y, A: tl.constexpr):
+    """x / y rounded once, of which triton's own is two units of the last digit off in 32 bits."""
+    if tl.float64 == A:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
 def light_at(depth, A: tl.constexpr):
     """exp(-depth), of which triton's own loses digits in 32 bits as depth grows: it rounds the
     product with log2(e) to a value whose last digit is 4e-6 at a depth of 60."""

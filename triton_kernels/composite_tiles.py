@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import empty_gradient, light_at
+from .common import empty_gradient, light_at, ratio
 
 _MOMENTS = 6
 # a packed splat has its mean, conic and opacity, and from the last of these on its channels
@@ -136,15 +136,6 @@ def _meet(values, x, y, passing, live, min_alpha, max_alpha, ending, A: tl.const
 
 
 @triton.jit
-def _ratio(x, y, A: tl.constexpr):
-    """x / y rounded once; triton's own is off by two units of the last digit in 32 bits."""
-    if tl.float64 == A:
-        return x / y
-    else:
-        return tl.div_rn(x, y)
-
-
-@triton.jit
 def composite_tiles_fwd_kernel(
     image_ptr,  # [I, H, W, D]
     opacity_ptr,  # [I, H, W]
@@ -203,7 +194,7 @@ def composite_tiles_fwd_kernel(
     for c in tl.static_range(BLOCK_C):
         total = totals[c]
         if HAS_DEPTHS:
-            mean = _ratio(total, tl.where(met > 0, met, 1.0), A)
+            mean = ratio(total, tl.where(met > 0, met, 1.0), A)
             tl.store(depth_ptr + pixel, mean, mask=channel + c == colors)
         colored = channel + c < colors
         if BACKGROUND != "none":
@@ -288,8 +279,8 @@ def composite_tiles_bwd_kernel(
         d_median = tl.load(d_median_ptr + pixel, mask=exists, other=0.0)
         d_depth = tl.load(d_depth_ptr + pixel, mask=exists & (met > 0), other=0.0)
         most = tl.where(met > 0, met, 1.0)
-        d_distance = _ratio(d_depth, most, A)
-        behind += d_distance * _ratio(distance, most, A)
+        d_distance = ratio(d_depth, most, A)
+        behind += d_distance * ratio(distance, most, A)
     if BACKGROUND != "none":
         owner = pixel if BACKGROUND == "pixels" else image + 0 * pixel
         for c in range(D):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, empty_gradient
+from .common import accumulator, empty_gradient, ratio
 
 _BLOCK = 128
 
@@ -75,7 +75,7 @@ def _shape(quats_ptr, scales_ptr, covars_ptr, g, mask, COVARS: tl.constexpr, A: 
         x, y, z = _load3(quats_ptr + 4 * g + 1, mask, A)
         square = w * w + (x * x + y * y + z * z)
         # NaN where the square is not finite, which would pass for no rotation
-        f = (2 + 0 * square) / square
+        f = ratio(2 + 0 * square, square, A)
         first = 1 - f * (y * y + z * z), f * (x * y + w * z), f * (x * z - w * y)
         second = f * (x * y - w * z), 1 - f * (x * x + z * z), f * (y * z + w * x)
         third = f * (x * z + w * y), f * (y * z - w * x), 1 - f * (x * x + y * y)
@@ -142,13 +142,15 @@ def _splat(
     p = _dot(R[0], mean) + t[0], _dot(R[1], mean) + t[1], _dot(R[2], mean) + t[2]
     depth = p[2]
     nothing = depth * 0
+    A: tl.constexpr = depth.dtype
     if ORTHO:
         jx, jy, slope_x, slope_y, held_x, held_y = (
             fx + nothing, fy + nothing, nothing, nothing, nothing, nothing
         )  # fmt: skip
     else:
         margin_x, margin_y = 0.15 * width / fx, 0.15 * height / fy
-        jx, jy, slope_x, slope_y = fx / depth, fy / depth, p[0] / depth, p[1] / depth
+        jx, jy = ratio(fx, depth, A), ratio(fy, depth, A)
+        slope_x, slope_y = ratio(p[0], depth, A), ratio(p[1], depth, A)
         least, most = -cx / fx - margin_x, (width - cx) / fx + margin_x
         held_x = tl.where(slope_x < least, least, tl.where(slope_x > most, most, slope_x))
         least, most = -cy / fy - margin_y, (height - cy) / fy + margin_y
@@ -162,9 +164,9 @@ def _splat(
     det = before + added
     a += eps2d
     c += eps2d
-    conic = c / det, -b / det, a / det
-    ratio = tl.where(before > 0, before / det, 0.0)
-    compensation = tl.sqrt(tl.maximum(ratio, 0.0))
+    conic = ratio(c, det, A), ratio(-b, det, A), ratio(a, det, A)
+    kept = tl.where(before > 0, ratio(before, det, A), 0.0)
+    compensation = tl.sqrt(tl.maximum(kept, 0.0))
 
     visible = (depth >= near) & (depth <= far) & (det > 0)
     extent = 3.33 + nothing

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, empty_gradient
+from .common import accumulator, empty_gradient, ratio
 
 _MOST_CHANNELS = 32
 _TILE = 128
@@ -123,9 +123,9 @@ def _unit(dirs_ptr, masks_ptr, at, exists, HAS_MASKS: tl.constexpr, A: tl.conste
     length2 = x * x + y * y + z * z
     nowhere = length2 < (2.2250738585072014e-308 if tl.float64 == A else 1.1754943508222875e-38)
     length = tl.where(nowhere, 1.0, tl.sqrt(tl.where(nowhere, 1.0, length2)))
-    x = tl.where(nowhere, 0.0, x / length)
-    y = tl.where(nowhere, 0.0, y / length)
-    z = tl.where(nowhere, 0.0, z / length)
+    x = tl.where(nowhere, 0.0, ratio(x, length, A))
+    y = tl.where(nowhere, 0.0, ratio(y, length, A))
+    z = tl.where(nowhere, 0.0, ratio(z, length, A))
     return x, y, z, length, nowhere, seen
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, empty_gradient
+from .common import accumulator, empty_gradient, ratio
 
 _BLOCK = 128
 # fused multiply-adds are asked for, as their default changes between triton 3.9 and 3.10
@@ -38,7 +38,7 @@ def _rotation(q, A: tl.constexpr):
     w, x, y, z = q
     length2 = w * w + x * x + y * y + z * z
     still = length2 < (2.2250738585072014e-308 if tl.float64 == A else 1.1754943508222875e-38)
-    turn = tl.where(still, 0.0, 2 * _inverse(tl.where(still, 1.0, length2), A))
+    turn = tl.where(still, 0.0, 2 * ratio(1.0, tl.where(still, 1.0, length2), A))
     rotation = (
         1 - turn * (y * y + z * z),
         turn * (x * y - w * z),
@@ -54,22 +54,12 @@ def _rotation(q, A: tl.constexpr):
 
 
 @triton.jit
-def _inverse(x, A: tl.constexpr):
-    """1 / x, of which triton's own is off by two units of the last digit in 32 bits: as much as
-    torch's whole arithmetic, and more in what differences of extents leave of it."""
-    if tl.float64 == A:
-        return 1 / x
-    else:
-        return tl.div_rn(1.0, x)
-
-
-@triton.jit
 def _extents(s, INVERSE: tl.constexpr, A: tl.constexpr):
     found = ()
     for j in tl.static_range(3):
         if INVERSE:
             flat = s[j] == 0
-            found = found + (tl.where(flat, 0.0, _inverse(tl.where(flat, 1.0, s[j]), A)),)
+            found = found + (tl.where(flat, 0.0, ratio(1.0, tl.where(flat, 1.0, s[j]), A)),)
         else:
             found = found + (s[j],)
     return found
