@@ -43,10 +43,6 @@ class TestCompositeRays(Contract):
     )
     typical = {"S": 19, "C": 3}
     gpu_sizes = ({"S": 128, "C": 3}, {"S": 48, "C": 64}, {"S": 65536, "C": 3})
-    gpu_spills = {
-        f"composite_rays_fwd_kernel<{types}>": "16 bytes on sm_120, for a fourth block"
-        for types in ("8, float, float", "32, float, float", "32, float, __nv_bfloat16")
-    }
     variants = (
         {},
         {"density": True, "background": None},

@@ -48,10 +48,10 @@ RULES = {"clamp": as_nerfstudio, "zero": as_multinerf, "below_zero": as_nerfacc}
 
 class TestOuterBound(Contract):
     op = rayfuse.outer_bound
-    # around the registers' lanes and the nodes of 16 edges, and triton's blocks of 64 by 16
+    # around the registers' lanes and the nodes of 16 edges, and triton's blocks of 128
     sizes = tuple(
         {"S": S, "E": E}
-        for S, E in ((1, 1), (3, 5), (4, 9), (16, 16), (17, 33), (64, 15), (65, 31))
+        for S, E in ((1, 1), (3, 5), (4, 9), (16, 16), (17, 33), (64, 15), (128, 31), (65, 130))
     )
     typical = {"S": 6, "E": 19}
     variants = ({}, {"outside": "zero"}, {"outside": "below_zero"})

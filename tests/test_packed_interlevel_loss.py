@@ -44,6 +44,11 @@ class TestPackedInterlevelLoss(PackedContract):
     op = rayfuse.packed_interlevel_loss
     # samples and bins of a ray on average: around the registers' lanes and the nodes of 16 edges
     sizes = tuple({"P": P, "Q": Q} for P, Q in ((1, 1), (4, 9), (2, 0), (0, 3), (17, 33), (40, 15)))
+    gpu_spills = {
+        f"packed_interlevel_loss_fwd_kernel<{dtype}>": "48 bytes on sm_80, 24 on sm_100, 140 to 180"
+        " on sm_120, for a fourth block: 0.38 instead of 0.43 ms on an H100"
+        for dtype in ("float", "__half", "__nv_bfloat16")
+    }
     typical = {"P": 9, "Q": 7}
     variants = ({}, {"outside": "zero"}, {"outside": "below_zero"}, {"eps": 1e-3})
     gpu_sizes = ({"P": 48, "Q": 96}, {"P": 1000, "Q": 1000})

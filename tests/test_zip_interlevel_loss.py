@@ -28,9 +28,10 @@ def published(t, w, t_env, w_env, pulse_width, eps=1e-5):
 
 class TestZipInterlevelLoss(Contract):
     op = rayfuse.zip_interlevel_loss
-    # around the registers' lanes, and triton's blocks of 64 edges by 64 bins
+    # around the registers' lanes, and triton's blocks of 128
     sizes = tuple(
-        {"S": S, "E": E} for S, E in ((1, 1), (4, 9), (3, 2), (15, 16), (17, 65), (64, 64))
+        {"S": S, "E": E}
+        for S, E in ((1, 1), (4, 9), (3, 2), (15, 16), (17, 65), (64, 129), (128, 64))
     )
     typical = {"S": 6, "E": 5}
     variants = ({"pulse_width": 0.05}, {"pulse_width": 0.3, "eps": 1e-3})
