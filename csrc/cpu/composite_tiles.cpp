@@ -41,6 +41,16 @@ void load_pixels(const A* pixels, int64_t D, int n, A* channels) {
   }
 }
 
+// Which of the first n pixels of a row weigh anything.
+template <class A>
+uint32_t seen_of(const Row<A>& weight, int n) {
+  uint32_t passed = 0;
+  for (int p = 0; p < Row<A>::kParts; ++p) {
+    passed |= lanes_up_to(weight.part[p], vec<A>{}) << p * kLanes<A>;
+  }
+  return ~passed & ((1u << n) - 1);
+}
+
 // Tiles first..last.
 template <class T>
 RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene,
@@ -140,24 +150,43 @@ struct RowGradients {
   std::vector<A> distance_;
 };
 
-// Of each splat of a tile, lane by lane over its rows: the sums of h, dy h and dy^2 h, as dx is the
-// same in all rows of a lane and can wait until they are done; and those that stand behind the
-// moments.
+// Of each splat of a tile: over its rows, lane by lane, the sums of h, dy h and dy^2 h, as dx is
+// the same in all rows of a lane and can wait until they are done; and others that stand behind the
+// moments. Of many channels those that fill registers lie along the lanes, over pixels and rows.
 template <class T>
 class SplatSums {
  public:
   using A = accumulator<T>;
   using Pixels = Row<A>;
 
-  explicit SplatSums(const Scene<T>& scene) : width_(scene.sums()), sums_(width_) {}
+  const int64_t wide;  // channels along the lanes
+
+  explicit SplatSums(const Scene<T>& scene)
+      : wide(scene.D / kRow * kRow),
+        moments_(scene.moments()),
+        width_(scene.sums() - wide),
+        sums_(width_),
+        added_up_(width_) {}
 
   void begin(int64_t n) {
     of_h_.assign(3 * n, Pixels{});
     others_.assign((width_ - kMoments) * n, vec<A>{});
+    of_wide_.assign(wide * n, A(0));
   }
   // Of splat k: h, dy h, dy^2 h.
   Pixels* of_h(int64_t k) { return &of_h_[3 * k]; }
   vec<A>* others(int64_t k) { return others_.data() + (width_ - kMoments) * k; }
+
+  // Adds gradients of the first n pixels of a row, weighted; most weigh nothing.
+  void add_wide(int64_t k, const Row<A>& weight, const A* pixels, int64_t D, int n) {  // [n, D]
+    const uint32_t seen = seen_of(weight, n);
+    A weights[kRow];
+    weight.store_to(weights);
+    A* const sums = of_wide_.data() + wide * k;
+    int64_t c = 0;
+    for (; c + 4 * kRow <= wide; c += 4 * kRow) add_seen<4>(seen, weights, pixels + c, D, sums + c);
+    for (; c < wide; c += kRow) add_seen<1>(seen, weights, pixels + c, D, sums + c);
+  }
 
   void add_up(int64_t k, const Pixels& dx, A* out) {  // [sums]
     const Pixels* const h = of_h(k);
@@ -173,28 +202,55 @@ class SplatSums {
     }
     std::copy_n(others(k), width_ - kMoments, sums_.begin() + kMoments);
     // 16 bytes at a time, the last of which may overlap those before them
+    A* const added_up = wide ? added_up_.data() : out;
     for (int64_t i = 0; i < width_; i += kRays<A>) {
       const int64_t from = std::min(i, width_ - kRays<A>);
       const auto rows = each_column<A>([&](int j) { return sums_[from + j]; });
       const auto sums = lane128<0>(sum_rows<A>(rows));
-      std::memcpy(out + from, &sums, sizeof sums);
+      std::memcpy(added_up + from, &sums, sizeof sums);
     }
+    if (!wide) return;
+    A* const behind = std::copy_n(added_up, moments_, out);
+    std::copy_n(added_up + moments_, width_ - moments_,
+                std::copy_n(of_wide_.data() + wide * k, wide, behind));
   }
 
  private:
-  const int64_t width_;
+  // n times kRow channels.
+  template <int n>
+  static void add_seen(uint32_t seen, const A* weights, const A* pixels, int64_t D, A* sums) {
+    Pixels sum[n];
+    for (int j = 0; j < n; ++j) sum[j] = Pixels::load_from(sums + j * kRow);
+    for (; seen; seen &= seen - 1) {
+      const int i = __builtin_ctz(seen);
+      const A* const pixel = pixels + i * D;
+      for (int j = 0; j < n; ++j) {
+        for (int p = 0; p < Pixels::kParts; ++p) {
+          sum[j].part[p] += weights[i] * load(pixel + j * kRow + p * kLanes<A>);
+        }
+      }
+    }
+    for (int j = 0; j < n; ++j) sum[j].store_to(sums + j * kRow);
+  }
+
+  const int64_t moments_, width_;  // without those along the lanes
   std::vector<Pixels> of_h_;
   std::vector<vec<A>> others_, sums_;
+  std::vector<A> of_wide_, added_up_;
 };
 
 // Adds a row that was weighed, from its last splat to the first. C is the number of channels if
-// that is known here, so that their gradients stay in registers, else 0.
+// that is known here, so that their gradients stay in registers, else 0. The image's gradients may
+// be null.
 template <int C, class T>
-void add_row(const Tile<T>& tile, int r, const RowGradients<T>& row, SplatSums<T>& sums) {
+void add_row(const Tile<T>& tile, int r, const RowGradients<T>& row,
+             const accumulator<T>* d_pixels,  // [columns, D]
+             SplatSums<T>& sums) {
   using A = accumulator<T>;
   using Pixels = Row<A>;
   const Scene<T>& scene = tile.scene;
-  const int64_t channels = C ? C : tile.C, absolute = scene.moments() - kMoments;
+  const int64_t channels = C ? C : tile.C, wide = C ? 0 : sums.wide;
+  const int64_t absolute = scene.moments() - kMoments;
   const A* const d_channels = row.channels.data();
   Pixels g[C + 1], behind = row.behind;
   for (int c = 0; c < C; ++c) g[c] = Pixels::load_from(d_channels + c * kRow);
@@ -205,15 +261,33 @@ void add_row(const Tile<T>& tile, int r, const RowGradients<T>& row, SplatSums<T
     const Pixels w = tile.weight[i].in_registers(), alpha = tile.alpha[i].in_registers();
     Pixels* const of_h = sums.of_h(tile.place(i));
     vec<A>* const others = sums.others(tile.place(i));
+    const auto d_channel = [&](int64_t c, int p) {
+      return C ? g[c].part[p] : load(d_channels + c * kRow + p * kLanes<A>);
+    };
     Pixels shade = {}, h;
-    for (int64_t c = 0; c < channels; ++c) {
-      vec<A> d_color = others[absolute + c];
-      for (int p = 0; p < Pixels::kParts; ++p) {
-        const vec<A> g_c = C ? g[c].part[p] : load(d_channels + c * kRow + p * kLanes<A>);
-        shade.part[p] += color[c] * g_c;
-        d_color += w.part[p] * g_c;
+    if (wide) {
+      // four sums, as each waits for itself
+      Pixels shades[4] = {};
+      for (int64_t c = 0; c < wide; c += 4) {
+        for (int j = 0; j < 4; ++j) {
+          for (int p = 0; p < Pixels::kParts; ++p) {
+            shades[j].part[p] += color[c + j] * d_channel(c + j, p);
+          }
+        }
       }
-      others[absolute + c] = d_color;
+      shade = Pixels::each([&](int p) {
+        return shades[0].part[p] + shades[1].part[p] + (shades[2].part[p] + shades[3].part[p]);
+      });
+      if (d_pixels) sums.add_wide(tile.place(i), w, d_pixels, scene.D, tile.columns);
+    }
+    for (int64_t c = wide; c < channels; ++c) {
+      vec<A>& d_sum = others[absolute + c - wide];
+      vec<A> d_color = d_sum;
+      for (int p = 0; p < Pixels::kParts; ++p) {
+        shade.part[p] += color[c] * d_channel(c, p);
+        d_color += w.part[p] * d_channel(c, p);
+      }
+      d_sum = d_color;
     }
     for (int p = 0; p < Pixels::kParts; ++p) {
       const vec<A> excess = shade.part[p] - behind.part[p];
@@ -244,7 +318,7 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
   Tile<T> tile(scene, splats);
   RowGradients<T> row;
   SplatSums<T> sums(scene);
-  const int64_t width = scene.sums(), depth = width - 1 - kMoments;
+  const int64_t width = scene.sums(), depth = width - sums.wide - 1 - kMoments;
   const A* const d_median = scene.depths ? d_outputs.median : nullptr;
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
@@ -260,12 +334,14 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
         if (median < 0) continue;
         sums.others(tile.place(median))[depth][0] += d_median[tile.index(r) + i];
       }
+      const A* const d_pixels =
+          d_outputs.image ? d_outputs.image + tile.index(r) * scene.D : nullptr;
       if (tile.C == 3) {
-        add_row<3>(tile, r, row, sums);
+        add_row<3>(tile, r, row, d_pixels, sums);
       } else if (tile.C == 4) {
-        add_row<4>(tile, r, row, sums);
+        add_row<4>(tile, r, row, d_pixels, sums);
       } else {
-        add_row<0>(tile, r, row, sums);
+        add_row<0>(tile, r, row, d_pixels, sums);
       }
     }
     A* const out = partial + tile.begin * width;
