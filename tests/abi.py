@@ -5,8 +5,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-# before triton is imported
-os.environ["TRITON_INTERPRET"] = "0"
+# before triton is imported; the CUDA sources want the headers of the torch that they are built with
+os.environ |= {"TRITON_INTERPRET": "0", "RAYFUSE_SIMT": "0"}
 
 import torch
 
