@@ -41,6 +41,16 @@ def assert_kernel(out_ptr):
     tl.device_assert(tl.program_id(0) > 0)
 
 
+@triton.jit
+def arithmetic_kernel(out_ptr, x_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    tl.store(out_ptr + i, 1 / x)
+    tl.store(out_ptr + N + i, tl.div_rn(1.0, x))
+    tl.store(out_ptr + 2 * N + i, tl.exp(-x))
+    tl.store(out_ptr + 3 * N + i, tl.log(x))
+
+
 @pytest.fixture
 def tensors():
     return torch.empty(10), torch.rand(10)
@@ -99,3 +109,19 @@ def test_bfloat16_is_rounded_to_the_nearest():
     out = torch.empty(7, dtype=torch.bfloat16)
     copy_kernel[(1,)](out, x, 7, 7, 7, 8)
     assert torch.equal(out.view(torch.int16), x.bfloat16().view(torch.int16))
+
+
+def test_division_exp_and_log_of_float32_are_as_coarse_as_on_a_gpu():
+    x = 1 + 59 * torch.rand(1024, generator=torch.Generator().manual_seed(0))
+    x[0], x[1] = 4, 88
+    out = torch.empty(4, 1024)
+    arithmetic_kernel[(1,)](out, x, 1024)
+    wide = x.double()
+    true = torch.stack([1 / wide, 1 / wide, torch.exp(-wide), torch.log(wide)])
+    quotient, rounded, exp, log = (out / true - 1).abs() / torch.finfo(torch.float32).eps
+    assert 0.6 < quotient.max() < 2 and quotient[0] == 0
+    # div_rn rounds once
+    assert rounded.max() <= 0.5
+    # digits are lost as the argument grows, and what would be subnormal is 0
+    assert 10 < exp[2:].max() < 64 and out[2, 1] == 0 < true[2, 1]
+    assert 0.6 < log.max() < 3
