@@ -58,8 +58,9 @@ struct TileCall {
 struct TileOutputs {
   Tensor image, alpha, depth, median;
 
-  explicit TileOutputs(const TileCall& call)
-      : image(of_pixels(call, {call.colors.size(1)})),
+  // `make` allocates the image.
+  explicit TileOutputs(const TileCall& call, decltype(empty)* make = empty)
+      : image(of_pixels(call, {call.colors.size(1)}, make)),
         alpha(of_pixels(call, {})),
         depth(of_pixels(call, {})),
         median(of_pixels(call, {})) {}
@@ -69,10 +70,11 @@ struct TileOutputs {
   }
 
  private:
-  static Tensor of_pixels(const TileCall& call, const std::vector<int64_t>& trailing) {
+  static Tensor of_pixels(const TileCall& call, const std::vector<int64_t>& trailing,
+                          decltype(empty)* make = empty) {
     std::vector<int64_t> sizes{call.images(), call.H, call.W};
     sizes.insert(sizes.end(), trailing.begin(), trailing.end());
-    return empty(call.means2d, sizes, dtype_of(call.means2d));
+    return make(call.means2d, sizes, dtype_of(call.means2d));
   }
 };
 

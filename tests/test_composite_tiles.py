@@ -9,6 +9,7 @@ import torch
 import rayfuse
 from conftest import EMULATED
 from contract import Contract, as_tuple
+from rayfuse import backend
 from rayfuse.ops.composite_tiles import TILE_PRESETS
 
 
@@ -171,6 +172,37 @@ class TestCompositeTiles(FullTiles):
         args = self.inputs((1,), device=device, N=6, D=37, Y=1, X=1)
         args[2] = args[2].to(dtype)
         self.assert_as_right_as_torch(args)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+    @pytest.mark.parametrize("isa", backend.isas())
+    def test_channels_along_the_lanes_are_as_right_as_torch(self, isa, dtype):
+        """Registers in fours, one by one, and a rest; rows that end within four neighbours."""
+        args = self.inputs((2,), dtype, N=12, D=85, Y=1, X=1)
+        variant = dict(tile_size=16, image_width=7, image_height=5)
+        with rayfuse.use_backend(f"cpu.{isa}"):
+            self.assert_as_right_as_torch(args, variant=variant)
+
+    @pytest.mark.parametrize("D", [64, 66])
+    @pytest.mark.parametrize("isa", backend.isas())
+    def test_large_image_is_that_of_its_channels(self, isa, D):
+        """From 32 MB on it goes past the cache, to where one was before."""
+        args = self.inputs((1,), N=60, D=D, Y=17, X=32)
+        args[0], args[1] = 2 * args[0], args[1] / 4
+        variant = dict(tile_size=16, image_width=510, image_height=270)
+        names = self.spec.inputs
+
+        def image(first, last):
+            given = dict(zip(names, args, strict=True))
+            for name in ("colors", "background"):
+                given[name] = given[name][:, first:last].contiguous()
+            return self.outputs([*given.values()], variant)[0]
+
+        with rayfuse.use_backend(f"cpu.{isa}"):
+            whole, again = image(0, D), image(0, D)
+            parts = image(0, D // 2), image(D // 2, D)
+        assert whole.nbytes > 32 << 20
+        torch.testing.assert_close(whole, torch.cat(parts, -1))
+        assert torch.equal(whole, again) and whole.data_ptr() != again.data_ptr()
 
     # ---- what the contract says of rays, of images
 

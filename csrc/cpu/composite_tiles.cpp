@@ -7,14 +7,16 @@
 // u_i, what lies behind splat i: d_alpha_i = T_i (<c_i, g> - u_i), u_{i-1} = u_i + alpha_i
 // (<c_i, g> - u_i). Sums of a splat over its tile meet in the order of tiles. docs/splats.md
 #include "columns.h"
-#include "tile.h"
+#include "wide_channels.h"
 
 namespace rayfuse {
 namespace {
 
-// Between the first n pixels of a row, as they lie in memory, and its channels.
+// Between the first n pixels of a row, as they lie in memory, and its channels; those from `first`
+// on are stored, or loaded.
 template <class A>
-void store_pixels(A* pixels, int64_t D, int n, const A* channels) {  // [n, D], [D, kRow]
+void store_pixels(A* pixels, int64_t first, int64_t D, int n,  // [n, D]
+                  const A* channels) {                         // [D, kRow]
   if (D == 3) {
     for (int i = 0; i < n; i += kLanes<A>) {
       const Columns<A, 3> columns{load(channels + i), load(channels + kRow + i),
@@ -24,11 +26,11 @@ void store_pixels(A* pixels, int64_t D, int n, const A* channels) {  // [n, D], 
     return;
   }
   for (int i = 0; i < n; ++i) {
-    for (int64_t d = 0; d < D; ++d) pixels[i * D + d] = channels[d * kRow + i];
+    for (int64_t d = first; d < D; ++d) pixels[i * D + d] = channels[d * kRow + i];
   }
 }
 template <class A>
-void load_pixels(const A* pixels, int64_t D, int n, A* channels) {
+void load_pixels(const A* pixels, int64_t first, int64_t D, int n, A* channels) {
   if (D == 3) {
     for (int i = 0; i < n; i += kLanes<A>) {
       const auto columns = load_columns<3>(pixels + 3 * i, n - i);
@@ -37,32 +39,24 @@ void load_pixels(const A* pixels, int64_t D, int n, A* channels) {
     return;
   }
   for (int i = 0; i < n; ++i) {
-    for (int64_t d = 0; d < D; ++d) channels[d * kRow + i] = pixels[i * D + d];
+    for (int64_t d = first; d < D; ++d) channels[d * kRow + i] = pixels[i * D + d];
   }
-}
-
-// Which of the first n pixels of a row weigh anything.
-template <class A>
-uint32_t seen_of(const Row<A>& weight, int n) {
-  uint32_t passed = 0;
-  for (int p = 0; p < Row<A>::kParts; ++p) {
-    passed |= lanes_up_to(weight.part[p], vec<A>{}) << p * kLanes<A>;
-  }
-  return ~passed & ((1u << n) - 1);
 }
 
 // Tiles first..last.
 template <class T>
 RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene,
                               const Splat<accumulator<T>>* splats,  // [P]
-                              accumulator<T>* image,                // [I, H, W, D]
-                              accumulator<T>* opacity,              // [I, H, W]
-                              accumulator<T>* depth,                // [I, H, W]
-                              accumulator<T>* median) {             // [I, H, W]
+                              bool past_cache,
+                              accumulator<T>* image,     // [I, H, W, D]
+                              accumulator<T>* opacity,   // [I, H, W]
+                              accumulator<T>* depth,     // [I, H, W]
+                              accumulator<T>* median) {  // [I, H, W]
   using A = accumulator<T>;
   using Pixels = Row<A>;
   Tile<T> tile(scene, splats);
   const int64_t D = scene.D;
+  WideChannels<T> wide_channels(tile);
   std::vector<A> sums(tile.C * kRow);
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
@@ -70,15 +64,16 @@ RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene
       tile.template weigh<false>(r, scene.depths);
       tile.blend_all(sums.data());
       const int64_t row = tile.index(r);
+      if (tile.wide) wide_channels.blend(row, image, past_cache);
       if (scene.background) {
         A passing[kRow];
         tile.transmittance.store_to(passing);
         for (int i = 0; i < tile.columns; ++i) {
           const A* const background = scene.background_at(tile.image, row + i);
-          for (int64_t d = 0; d < D; ++d) sums[d * kRow + i] += passing[i] * background[d];
+          for (int64_t d = tile.wide; d < D; ++d) sums[d * kRow + i] += passing[i] * background[d];
         }
       }
-      store_pixels(image + row * D, D, tile.columns, sums.data());
+      store_pixels(image + row * D, tile.wide, D, tile.columns, sums.data());
       tile.opacity.store_to(opacity + row, tile.columns);
       std::fill_n(depth + row, tile.columns, A(0));
       std::fill_n(median + row, tile.columns, A(0));
@@ -90,6 +85,7 @@ RAYFUSE_KERNEL void composite(int64_t first, int64_t last, const Scene<T>& scene
       }
     }
   }
+  if (past_cache) finish_stream();
 }
 
 // A row's gradients, as they are needed along its list.
@@ -112,7 +108,7 @@ struct RowGradients {
       for (auto& part : behind.part) part = -part;
     }
     if (d.image) {
-      load_pixels(d.image + row * D, D, tile.columns, channels.data());
+      load_pixels(d.image + row * D, tile.wide, D, tile.columns, channels.data());
       if (scene.background) pass(tile, r, d.image + row * D, d_background);
     }
     if (scene.depths && d.depth) {
@@ -159,34 +155,22 @@ class SplatSums {
   using A = accumulator<T>;
   using Pixels = Row<A>;
 
-  const int64_t wide;  // channels along the lanes
-
-  explicit SplatSums(const Scene<T>& scene)
-      : wide(scene.D / kRow * kRow),
-        moments_(scene.moments()),
-        width_(scene.sums() - wide),
+  explicit SplatSums(const Tile<T>& tile)
+      : wide_(tile.wide),
+        moments_(tile.scene.moments()),
+        width_(tile.scene.sums() - wide_),
         sums_(width_),
         added_up_(width_) {}
 
   void begin(int64_t n) {
     of_h_.assign(3 * n, Pixels{});
     others_.assign((width_ - kMoments) * n, vec<A>{});
-    of_wide_.assign(wide * n, A(0));
+    of_wide_.assign(wide_ / kRow * n, Pixels{});
   }
   // Of splat k: h, dy h, dy^2 h.
   Pixels* of_h(int64_t k) { return &of_h_[3 * k]; }
   vec<A>* others(int64_t k) { return others_.data() + (width_ - kMoments) * k; }
-
-  // Adds gradients of the first n pixels of a row, weighted; most weigh nothing.
-  void add_wide(int64_t k, const Row<A>& weight, const A* pixels, int64_t D, int n) {  // [n, D]
-    const uint32_t seen = seen_of(weight, n);
-    A weights[kRow];
-    weight.store_to(weights);
-    A* const sums = of_wide_.data() + wide * k;
-    int64_t c = 0;
-    for (; c + 4 * kRow <= wide; c += 4 * kRow) add_seen<4>(seen, weights, pixels + c, D, sums + c);
-    for (; c < wide; c += kRow) add_seen<1>(seen, weights, pixels + c, D, sums + c);
-  }
+  A* of_wide() { return reinterpret_cast<A*>(of_wide_.data()); }  // [n, wide]
 
   void add_up(int64_t k, const Pixels& dx, A* out) {  // [sums]
     const Pixels* const h = of_h(k);
@@ -202,41 +186,26 @@ class SplatSums {
     }
     std::copy_n(others(k), width_ - kMoments, sums_.begin() + kMoments);
     // 16 bytes at a time, the last of which may overlap those before them
-    A* const added_up = wide ? added_up_.data() : out;
+    A* const added_up = wide_ ? added_up_.data() : out;
     for (int64_t i = 0; i < width_; i += kRays<A>) {
       const int64_t from = std::min(i, width_ - kRays<A>);
       const auto rows = each_column<A>([&](int j) { return sums_[from + j]; });
       const auto sums = lane128<0>(sum_rows<A>(rows));
       std::memcpy(added_up + from, &sums, sizeof sums);
     }
-    if (!wide) return;
+    if (!wide_) return;
     A* const behind = std::copy_n(added_up, moments_, out);
     std::copy_n(added_up + moments_, width_ - moments_,
-                std::copy_n(of_wide_.data() + wide * k, wide, behind));
+                std::copy_n(of_wide() + wide_ * k, wide_, behind));
   }
 
  private:
-  // n times kRow channels.
-  template <int n>
-  static void add_seen(uint32_t seen, const A* weights, const A* pixels, int64_t D, A* sums) {
-    Pixels sum[n];
-    for (int j = 0; j < n; ++j) sum[j] = Pixels::load_from(sums + j * kRow);
-    for (; seen; seen &= seen - 1) {
-      const int i = __builtin_ctz(seen);
-      const A* const pixel = pixels + i * D;
-      for (int j = 0; j < n; ++j) {
-        for (int p = 0; p < Pixels::kParts; ++p) {
-          sum[j].part[p] += weights[i] * load(pixel + j * kRow + p * kLanes<A>);
-        }
-      }
-    }
-    for (int j = 0; j < n; ++j) sum[j].store_to(sums + j * kRow);
-  }
-
-  const int64_t moments_, width_;  // without those along the lanes
+  const int64_t wide_;             // channels along the lanes
+  const int64_t moments_, width_;  // without those
   std::vector<Pixels> of_h_;
   std::vector<vec<A>> others_, sums_;
-  std::vector<A> of_wide_, added_up_;
+  std::vector<Pixels> of_wide_;
+  std::vector<A> added_up_;
 };
 
 // Adds a row that was weighed, from its last splat to the first. C is the number of channels if
@@ -244,12 +213,11 @@ class SplatSums {
 // be null.
 template <int C, class T>
 void add_row(const Tile<T>& tile, int r, const RowGradients<T>& row,
-             const accumulator<T>* d_pixels,  // [columns, D]
-             SplatSums<T>& sums) {
+             const WideChannels<T>& wide_channels, SplatSums<T>& sums) {
   using A = accumulator<T>;
   using Pixels = Row<A>;
   const Scene<T>& scene = tile.scene;
-  const int64_t channels = C ? C : tile.C, wide = C ? 0 : sums.wide;
+  const int64_t channels = C ? C : tile.C, wide = C ? 0 : tile.wide;
   const int64_t absolute = scene.moments() - kMoments;
   const A* const d_channels = row.channels.data();
   Pixels g[C + 1], behind = row.behind;
@@ -265,21 +233,7 @@ void add_row(const Tile<T>& tile, int r, const RowGradients<T>& row,
       return C ? g[c].part[p] : load(d_channels + c * kRow + p * kLanes<A>);
     };
     Pixels shade = {}, h;
-    if (wide) {
-      // four sums, as each waits for itself
-      Pixels shades[4] = {};
-      for (int64_t c = 0; c < wide; c += 4) {
-        for (int j = 0; j < 4; ++j) {
-          for (int p = 0; p < Pixels::kParts; ++p) {
-            shades[j].part[p] += color[c + j] * d_channel(c + j, p);
-          }
-        }
-      }
-      shade = Pixels::each([&](int p) {
-        return shades[0].part[p] + shades[1].part[p] + (shades[2].part[p] + shades[3].part[p]);
-      });
-      if (d_pixels) sums.add_wide(tile.place(i), w, d_pixels, scene.D, tile.columns);
-    }
+    if (wide) shade = wide_channels.shade(i).in_registers();
     for (int64_t c = wide; c < channels; ++c) {
       vec<A>& d_sum = others[absolute + c - wide];
       vec<A> d_color = d_sum;
@@ -317,8 +271,9 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
   using Pixels = Row<A>;
   Tile<T> tile(scene, splats);
   RowGradients<T> row;
-  SplatSums<T> sums(scene);
-  const int64_t width = scene.sums(), depth = width - sums.wide - 1 - kMoments;
+  SplatSums<T> sums(tile);
+  WideChannels<T> wide_channels(tile);
+  const int64_t width = scene.sums(), depth = width - tile.wide - 1 - kMoments;
   const A* const d_median = scene.depths ? d_outputs.median : nullptr;
   for (int64_t t = first; t < last; ++t) {
     tile.go_to(t);
@@ -334,14 +289,13 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Scene<T>& scene
         if (median < 0) continue;
         sums.others(tile.place(median))[depth][0] += d_median[tile.index(r) + i];
       }
-      const A* const d_pixels =
-          d_outputs.image ? d_outputs.image + tile.index(r) * scene.D : nullptr;
+      if (tile.wide) wide_channels.add(tile.index(r), d_outputs.image, sums.of_wide());
       if (tile.C == 3) {
-        add_row<3>(tile, r, row, d_pixels, sums);
+        add_row<3>(tile, r, row, wide_channels, sums);
       } else if (tile.C == 4) {
-        add_row<4>(tile, r, row, d_pixels, sums);
+        add_row<4>(tile, r, row, wide_channels, sums);
       } else {
-        add_row<0>(tile, r, row, d_pixels, sums);
+        add_row<0>(tile, r, row, wide_channels, sums);
       }
     }
     A* const out = partial + tile.begin * width;
@@ -397,6 +351,7 @@ void add_up_tiles(const Scene<T>& scene, const accumulator<T>* of_tiles,  // [ti
 }  // namespace
 }  // namespace rayfuse
 
+#include "large_memory.h"
 #include "tile_calls.h"
 
 namespace rayfuse {
@@ -413,15 +368,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(
                       flatten_ids,       depths,       background, masks,     absgrad,
                       image_width,       image_height, tile_size,  max_alpha, min_alpha,
                       min_transmittance, pixel_center, stop_at_min};
-  const TileOutputs out(call);
+  const TileOutputs out(call, large_empty);
   dispatch(colors, [&](auto type) {
     using A = accumulator<decltype(type)>;
     const auto scene = call.scene<decltype(type)>();
     const PreparedSplats splats(scene, means2d);
     A *image = mutable_data<A>(out.image), *alpha = mutable_data<A>(out.alpha),
       *depth = mutable_data<A>(out.depth), *median = mutable_data<A>(out.median);
+    const bool past_cache = is_large(out.image) && scene.D % kLanes<A> == 0;
     for_tiles(scene, [&](int64_t first, int64_t last) {
-      composite(first, last, scene, splats.data(), image, alpha, depth, median);
+      composite(first, last, scene, splats.data(), past_cache, image, alpha, depth, median);
     });
   });
   return out.tensors();

@@ -1,7 +1,7 @@
-// Large outputs, in memory that was one before. The allocator takes 32 MB and more fresh from the
-// system at each call, which clears new pages: for 604 MB that takes 13 ms, and writing them 8 (2
-// threads, huge pages). So the last four blocks that nobody uses any more stay for the next call.
-// Their pages are marked free: the system takes them back where it runs short.
+// Large outputs and gradients, in memory that was one before. The allocator takes 32 MB and more
+// fresh from the system at each call, which clears new pages: for 604 MB that takes 13 ms, and
+// writing them 8 (2 threads, huge pages). So the last four blocks that nobody uses any more stay
+// for the next call. Their pages are marked free: the system takes them back where it runs short.
 #pragma once
 
 #include "../common.h"
@@ -80,7 +80,7 @@ extern "C" __attribute__((used, visibility("default"))) inline void rayfuse_rele
 #endif
 }
 
-// Whether the gradient of x goes where one was before.
+// Whether x lies, or would lie, where another was before.
 inline bool is_large(const Tensor& x) {
 #if defined(__linux__)
   return x.numel() * x.element_size() >= LargeMemory::kBytes && torch_from_blob;
@@ -89,20 +89,19 @@ inline bool is_large(const Tensor& x) {
 #endif
 }
 
-// Like `empty_gradient`.
-inline Tensor large_gradient(const Tensor& x, int64_t needs, int i) {
+// Like `empty`, on the CPU.
+inline Tensor large_empty(const Tensor& like, const std::vector<int64_t>& sizes, int32_t dtype) {
 #if defined(__linux__)
-  if (needs >> i & 1 && is_large(x)) {
-    const int64_t bytes = x.numel() * x.element_size();
-    const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-    std::vector<int64_t> strides(sizes.size());
-    int64_t stride = 1;
-    for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  std::vector<int64_t> strides(sizes.size());
+  int64_t count = 1;
+  for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
+  const int64_t bytes = count * aoti_torch_dtype_element_size(dtype);
+  if (bytes >= LargeMemory::kBytes && torch_from_blob) {
     auto* const block = new LargeMemory::Block(LargeMemory::instance().take(bytes));
     AtenTensorHandle out;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-        block->memory, sizes.size(), sizes.data(), strides.data(), 0, dtype_of(x),
-        aoti_torch_device_type_cpu(), x.get_device_index(), &out, aoti_torch_layout_strided(),
+        block->memory, sizes.size(), sizes.data(), strides.data(), 0, dtype,
+        aoti_torch_device_type_cpu(), like.get_device_index(), &out, aoti_torch_layout_strided(),
         nullptr, 0,
         [](void*, void* context) {
           auto* const block = static_cast<LargeMemory::Block*>(context);
@@ -113,7 +112,13 @@ inline Tensor large_gradient(const Tensor& x, int64_t needs, int i) {
     return Tensor(out);
   }
 #endif
-  return empty_gradient(x, needs, i);
+  return empty(like, sizes, dtype);
+}
+
+// Like `empty_gradient`.
+inline Tensor large_gradient(const Tensor& x, int64_t needs, int i) {
+  if (!(needs >> i & 1)) return empty_gradient(x, needs, i);
+  return large_empty(x, {x.sizes().begin(), x.sizes().end()}, dtype_of(x));
 }
 inline Tensor large_gradient(const std::optional<Tensor>& x, const Tensor& like, int64_t needs,
                              int i) {

@@ -120,7 +120,8 @@ class Tile {
   using Pixels = Row<A>;
 
   const Scene<T>& scene;
-  const int64_t C;  // channels
+  const int64_t C;     // channels
+  const int64_t wide;  // of these, the first ones, where many fill registers: along the lanes
   // the list is `listed` long, of which a masked tile has none
   int64_t image = 0, x = 0, y = 0, begin = 0, listed = 0, n = 0;
   int rows = 0, columns = 0;
@@ -129,7 +130,12 @@ class Tile {
   Pixels transmittance = {}, opacity = {}, pixel_x = {};
 
   Tile(const Scene<T>& scene, const Splat<A>* splats)
-      : scene(scene), C(scene.channels()), splats_(splats), log_min_(std::log2(scene.min_alpha)) {}
+      : scene(scene),
+        C(scene.channels()),
+        wide(scene.D / kRow * kRow),
+        stride_(wide ? (C + kRow - 1) / kRow * kRow : C),
+        splats_(splats),
+        log_min_(std::log2(scene.min_alpha)) {}
 
   void go_to(int64_t t) {
     const int64_t per_image = scene.Y * scene.X, place = t % per_image;
@@ -143,7 +149,7 @@ class Tile {
     n = scene.masks && !scene.masks[t] ? 0 : listed;
     if (n > static_cast<int64_t>(list_.size())) {
       list_.resize(n);
-      color_.resize(n * C);
+      color_.resize((n * stride_ + kRow - 1) / kRow);
       weight.resize(n);
       alpha.resize(n);
       row_lists_.resize(n * scene.size);
@@ -164,7 +170,9 @@ class Tile {
   int count() const { return count_; }
   const Splat<A>& splat(int i) const { return list_[here_[i]]; }
   const Splat<A>& in_list(int64_t k) const { return list_[k]; }
-  const A* color(int i) const { return color_.data() + here_[i] * C; }
+  const A* color(int i) const {
+    return reinterpret_cast<const A*>(color_.data()) + here_[i] * stride_;
+  }
   int place(int i) const { return here_[i]; }
   int64_t id(int i) const { return scene.ids[begin + here_[i]]; }
   // Of pixel i of the row, where in its list the median is; -1 if it met nothing.
@@ -187,7 +195,7 @@ class Tile {
     median ? weigh<keep, true>(r) : weigh<keep, false>(r);
   }
 
-  // Sums of `width` channels from d on, weighted.
+  // Sums of `width` channels from d on, weighted; and of all that are not along the lanes.
   template <int width>
   void blend(int64_t d, A* sums) const {  // [C, kRow]
     Pixels sum[width] = {};
@@ -200,7 +208,7 @@ class Tile {
     for (int j = 0; j < width; ++j) sum[j].store_to(sums + (d + j) * kRow);
   }
   void blend_all(A* sums) const {
-    int64_t d = 0;
+    int64_t d = wide;
     for (; d + 4 <= C; d += 4) blend<4>(d, sums);
     if (C - d == 1) blend<1>(d, sums);
     if (C - d == 2) blend<2>(d, sums);
@@ -268,7 +276,7 @@ class Tile {
   void gather(int64_t k) {
     const int64_t id = scene.ids[begin + k];
     list_[k] = splats_[id];
-    A* const color = color_.data() + k * C;
+    A* const color = reinterpret_cast<A*>(color_.data()) + k * stride_;
     for (int64_t d = 0; d < scene.D; ++d) color[d] = widen(scene.colors[id * scene.D + d]);
     if (scene.depths) color[scene.D] = scene.depths[id];
   }
@@ -297,10 +305,11 @@ class Tile {
     }
   }
 
+  const int64_t stride_;
   const Splat<A>* const splats_;
   const A log_min_;
   std::vector<Splat<A>> list_;
-  std::vector<A> color_;
+  std::vector<Pixels> color_;
   // the lists of all rows, and how long they are
   std::vector<int> row_lists_;
   int reach_[kRow];

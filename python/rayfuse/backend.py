@@ -141,7 +141,7 @@ def backends() -> dict[str, str]:
 
 
 def release_memory() -> None:
-    """Give back the memory that CPU kernels keep for their next large gradient.
+    """Give back the memory that CPU kernels keep for their next large gradient or image.
 
     They keep the last four blocks of 32 MB and more, marked so that the system takes them back
     where it runs short; until then they count as memory of the process.
