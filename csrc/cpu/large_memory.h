@@ -7,8 +7,8 @@
 #include "../common.h"
 
 #include <array>
-#include <cstdlib>
 #include <mutex>
+#include <new>
 
 #if defined(__linux__)
 // torch has it from 2.11 on
@@ -46,12 +46,7 @@ class LargeMemory {
         }
       }
     }
-    constexpr int64_t kHugePage = int64_t{2} << 20;
-    const int64_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    void* const memory = std::aligned_alloc(kHugePage, whole);
-    if (!memory) throw std::bad_alloc();
-    prefer_huge_pages(memory, whole);
-    return {memory, whole};
+    return map(bytes);
   }
 
   // The oldest makes room.
@@ -59,15 +54,34 @@ class LargeMemory {
     madvise(block.memory, block.bytes, MADV_FREE);
     const std::lock_guard lock(mutex_);
     for (Block& older : idle_) std::swap(block, older);
-    std::free(block.memory);
+    unmap(block);
   }
 
   void release() {
     const std::lock_guard lock(mutex_);
-    for (Block& block : idle_) std::free(std::exchange(block, {}).memory);
+    for (Block& block : idle_) unmap(std::exchange(block, {}));
   }
 
  private:
+  // From the system itself: what malloc has carved from its own heap it does not give back.
+  static Block map(int64_t bytes) {
+    constexpr int64_t kHugePage = int64_t{2} << 20;
+    const int64_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* const mapped = mmap(nullptr, whole + kHugePage, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    // what lies around the huge pages
+    auto* const begin = static_cast<char*>(mapped);
+    const int64_t before = -reinterpret_cast<uintptr_t>(begin) % kHugePage;
+    if (before > 0) munmap(begin, before);
+    munmap(begin + before + whole, kHugePage - before);
+    prefer_huge_pages(begin + before, whole);
+    return {begin + before, whole};
+  }
+  static void unmap(const Block& block) {
+    if (block.memory) munmap(block.memory, block.bytes);
+  }
+
   std::mutex mutex_;
   std::array<Block, 4> idle_;
 };

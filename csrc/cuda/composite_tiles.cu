@@ -386,23 +386,11 @@ __global__ void __launch_bounds__(kBlock) composite_tiles_bwd_background_kernel(
 }  // namespace rayfuse
 
 #include "registration.h"
+#include "torch_ops.h"
 #include "../tiles.h"
-
-#include <array>
 
 namespace rayfuse {
 namespace {
-
-// Sorted values and where they were, those that are equal in their order.
-std::array<Tensor, 2> sort(const Tensor& x) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(x), from(std::optional<bool>(true)), from(int64_t{0}),
-                                    from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  using torch::stable::detail::to;
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-}
 
 void zero(Tensor x) {
   if (x.numel()) torch::stable::zero_(x);
