@@ -91,6 +91,7 @@ RAYFUSE_KERNEL void weights(int64_t begin, int64_t end, int64_t S,
     for (int64_t k = 0; k < S; k += kLanes<A>) {
       w_rays.prefetch_for_store(k);
       light_rays.prefetch_for_store(k);
+      alpha_rays.prefetch_next(k);
       const Block<A> alpha_here = alpha_rays.load_at(k, S - k);
       const Block<A> light =
           product.take(each_column<A>([&](int j) { return 1 - alpha_here.column[j]; }));
@@ -122,6 +123,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S,
     LeftProduct<A> product;
     for (int64_t i = 0; i < blocks; ++i) {
       d_alpha_rays.prefetch_for_store(i * N);
+      alpha_rays.prefetch_next(i * N);
       const Block<A> alpha_here = alpha_rays.load_at(i * N, S - i * N);
       const auto passing = each_column<A>([&](int j) { return 1 - alpha_here.column[j]; });
       alpha_here.store_to(kept[i].alpha);

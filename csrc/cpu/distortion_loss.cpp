@@ -25,6 +25,8 @@ struct LeftPass {
   Block<A> w0 = {}, left = {}, gap = {}, width = {}, spread_left = {};
 
   void step(int64_t k) {
+    t.prefetch_next(k);
+    w.prefetch_next(k);
     w0 = w.load_at(k, S - k);
     const Block<A> t1 = t.load_at(k + 1, S - k);
     const Block<A> t0 = t0_of(t1);

@@ -41,6 +41,8 @@ struct LightPass {
   void step(int64_t k) {
     constexpr int K = kRays<A>;
     const int64_t n = S - k;
+    sigma.prefetch_next(k);
+    t.prefetch_next(k);
     density = sigma.load_at(k, n);
     step_t(k);
     width = t1 - t0;
