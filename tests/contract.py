@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,16 @@ def are_same(ours, right):
     # what half precision cannot hold is infinite in both
     alike = (ours == right) | ((ours - right).abs() <= allowed)
     return ours.dtype == right.dtype and bool(alike.all())
+
+
+LINUX = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux says what a process holds"
+)
+
+
+def resident(key="VmRSS"):
+    """Megabytes of this process."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
 class Contract:

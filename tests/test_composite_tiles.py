@@ -8,7 +8,7 @@ import torch
 
 import rayfuse
 from conftest import EMULATED
-from contract import Contract, as_tuple
+from contract import LINUX, Contract, as_tuple, resident
 from rayfuse import backend
 from rayfuse.ops.composite_tiles import TILE_PRESETS
 
@@ -179,9 +179,21 @@ class TestCompositeTiles(FullTiles):
         """Registers in fours, one by one, and a rest; rows that end within four neighbours."""
         args = self.inputs((2,), dtype, N=12, D=85, Y=1, X=1)
         variant = dict(tile_size=16, image_width=7, image_height=5)
+
+        def of_opacity():
+            """Gradients of an image that has none itself."""
+            leaves = self.leaves(args)
+            opacity = self.outputs(leaves, variant)[1]
+            return torch.autograd.grad(opacity.sum(), leaves[:4], materialize_grads=True)
+
         with rayfuse.use_backend(f"cpu.{isa}"):
             self.assert_as_right_as_torch(args, variant=variant)
+            grads = of_opacity()
+        with rayfuse.use_backend("ref"):
+            for ours, right in zip(grads, of_opacity(), strict=True):
+                torch.testing.assert_close(ours, right)
 
+    @LINUX
     @pytest.mark.parametrize("D", [64, 66])
     @pytest.mark.parametrize("isa", backend.isas())
     def test_large_image_is_that_of_its_channels(self, isa, D):
@@ -203,6 +215,11 @@ class TestCompositeTiles(FullTiles):
         assert whole.nbytes > 32 << 20
         torch.testing.assert_close(whole, torch.cat(parts, -1))
         assert torch.equal(whole, again) and whole.data_ptr() != again.data_ptr()
+        megabytes = 2 * whole.nbytes / (1 << 20)
+        del whole, again
+        before = resident()
+        rayfuse.release_memory()
+        assert before - resident() > 0.9 * megabytes
 
     # ---- what the contract says of rays, of images
 

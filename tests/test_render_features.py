@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import rayfuse
 from conftest import BACKENDS, device_of
-from contract import Contract
+from contract import LINUX, Contract, resident
 from rayfuse import backend
 
 # around the 16, 8, 4 and 2 lanes of the registers, where several samples share one, where a block
@@ -21,16 +21,6 @@ FEATURE_SIZES = tuple(
         *((5, 15), (4, 16), (3, 17), (48, 31), (1, 64), (5, 100), (6, 770)),
     )
 )
-
-
-LINUX = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="only Linux says what a process holds"
-)
-
-
-def resident(key="VmRSS"):
-    """Megabytes of this process."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
 class TestRenderFeatures(Contract):

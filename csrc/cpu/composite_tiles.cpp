@@ -12,8 +12,7 @@
 namespace rayfuse {
 namespace {
 
-// Between the first n pixels of a row, as they lie in memory, and its channels; those from `first`
-// on are stored, or loaded.
+// Between the first n pixels of a row, as they lie in memory, and its channels from `first` on.
 template <class A>
 void store_pixels(A* pixels, int64_t first, int64_t D, int n,  // [n, D]
                   const A* channels) {                         // [D, kRow]
@@ -165,12 +164,12 @@ class SplatSums {
   void begin(int64_t n) {
     of_h_.assign(3 * n, Pixels{});
     others_.assign((width_ - kMoments) * n, vec<A>{});
-    of_wide_.assign(wide_ / kRow * n, Pixels{});
+    of_wide_.assign(wide_ * n, A(0));
   }
   // Of splat k: h, dy h, dy^2 h.
   Pixels* of_h(int64_t k) { return &of_h_[3 * k]; }
   vec<A>* others(int64_t k) { return others_.data() + (width_ - kMoments) * k; }
-  A* of_wide() { return reinterpret_cast<A*>(of_wide_.data()); }  // [n, wide]
+  A* of_wide() { return of_wide_.data(); }  // [n, wide]
 
   void add_up(int64_t k, const Pixels& dx, A* out) {  // [sums]
     const Pixels* const h = of_h(k);
@@ -204,13 +203,11 @@ class SplatSums {
   const int64_t moments_, width_;  // without those
   std::vector<Pixels> of_h_;
   std::vector<vec<A>> others_, sums_;
-  std::vector<Pixels> of_wide_;
-  std::vector<A> added_up_;
+  std::vector<A> of_wide_, added_up_;
 };
 
 // Adds a row that was weighed, from its last splat to the first. C is the number of channels if
-// that is known here, so that their gradients stay in registers, else 0. The image's gradients may
-// be null.
+// that is known here, so that their gradients stay in registers, else 0.
 template <int C, class T>
 void add_row(const Tile<T>& tile, int r, const RowGradients<T>& row,
              const WideChannels<T>& wide_channels, SplatSums<T>& sums) {

@@ -94,14 +94,15 @@ extern "C" __attribute__((used, visibility("default"))) inline void rayfuse_rele
 #endif
 }
 
-// Whether x lies, or would lie, where another was before.
-inline bool is_large(const Tensor& x) {
+// Whether a tensor of so many bytes lies where another was before.
+inline bool is_large(int64_t bytes) {
 #if defined(__linux__)
-  return x.numel() * x.element_size() >= LargeMemory::kBytes && torch_from_blob;
+  return bytes >= LargeMemory::kBytes && torch_from_blob;
 #else
   return false;
 #endif
 }
+inline bool is_large(const Tensor& x) { return is_large(x.numel() * x.element_size()); }
 
 // Like `empty`, on the CPU.
 inline Tensor large_empty(const Tensor& like, const std::vector<int64_t>& sizes, int32_t dtype) {
@@ -110,7 +111,7 @@ inline Tensor large_empty(const Tensor& like, const std::vector<int64_t>& sizes,
   int64_t count = 1;
   for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
   const int64_t bytes = count * aoti_torch_dtype_element_size(dtype);
-  if (bytes >= LargeMemory::kBytes && torch_from_blob) {
+  if (is_large(bytes)) {
     auto* const block = new LargeMemory::Block(LargeMemory::instance().take(bytes));
     AtenTensorHandle out;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(

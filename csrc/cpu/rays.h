@@ -107,8 +107,8 @@ struct Rays {
     for (int r = 0; r < kRays<A>; ++r) __builtin_prefetch((*this)[r] + k, 1);
   }
   // A share of the rays behind these, which will be read next. Of rows that are long the
-  // processor's own prefetcher loses track: forwards of 32768 rays of 128 samples took up to thrice
-  // as long. Shorter ones, which it follows, would take up to a quarter longer.
+  // processor's own prefetcher loses track (docs/distortion.md); it follows shorter ones, of which
+  // 48 samples would take up to a quarter longer from cache.
   void prefetch_next(int64_t k) const {
     constexpr int64_t kLong = 256 / sizeof(T);
     if (stride < kLong) return;

@@ -133,7 +133,6 @@ class Tile {
       : scene(scene),
         C(scene.channels()),
         wide(scene.D / kRow * kRow),
-        stride_(wide ? (C + kRow - 1) / kRow * kRow : C),
         splats_(splats),
         log_min_(std::log2(scene.min_alpha)) {}
 
@@ -149,7 +148,7 @@ class Tile {
     n = scene.masks && !scene.masks[t] ? 0 : listed;
     if (n > static_cast<int64_t>(list_.size())) {
       list_.resize(n);
-      color_.resize((n * stride_ + kRow - 1) / kRow);
+      color_.resize(n * C);
       weight.resize(n);
       alpha.resize(n);
       row_lists_.resize(n * scene.size);
@@ -170,9 +169,7 @@ class Tile {
   int count() const { return count_; }
   const Splat<A>& splat(int i) const { return list_[here_[i]]; }
   const Splat<A>& in_list(int64_t k) const { return list_[k]; }
-  const A* color(int i) const {
-    return reinterpret_cast<const A*>(color_.data()) + here_[i] * stride_;
-  }
+  const A* color(int i) const { return color_.data() + here_[i] * C; }
   int place(int i) const { return here_[i]; }
   int64_t id(int i) const { return scene.ids[begin + here_[i]]; }
   // Of pixel i of the row, where in its list the median is; -1 if it met nothing.
@@ -276,7 +273,7 @@ class Tile {
   void gather(int64_t k) {
     const int64_t id = scene.ids[begin + k];
     list_[k] = splats_[id];
-    A* const color = reinterpret_cast<A*>(color_.data()) + k * stride_;
+    A* const color = color_.data() + k * C;
     for (int64_t d = 0; d < scene.D; ++d) color[d] = widen(scene.colors[id * scene.D + d]);
     if (scene.depths) color[scene.D] = scene.depths[id];
   }
@@ -305,11 +302,10 @@ class Tile {
     }
   }
 
-  const int64_t stride_;
   const Splat<A>* const splats_;
   const A log_min_;
   std::vector<Splat<A>> list_;
-  std::vector<Pixels> color_;
+  std::vector<A> color_;
   // the lists of all rows, and how long they are
   std::vector<int> row_lists_;
   int reach_[kRow];
