@@ -56,9 +56,9 @@ LINUX = pytest.mark.skipif(
 )
 
 
-def resident(key="VmRSS"):
+def resident(key="VmRSS", file="status"):
     """Megabytes of this process."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+    return int(Path(f"/proc/self/{file}").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
 class Contract:

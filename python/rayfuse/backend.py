@@ -143,8 +143,8 @@ def backends() -> dict[str, str]:
 def release_memory() -> None:
     """Give back the memory that CPU kernels keep for their next large gradient or image.
 
-    They keep the last four blocks of 32 MB and more, marked so that the system takes them back
-    where it runs short; until then they count as memory of the process.
+    They keep the last four blocks of 32 MB and more. What goes beyond 256 MB is marked so that the
+    system takes it back where it runs short; until then it counts as memory of the process.
 
     Example:
         >>> import rayfuse
