@@ -216,6 +216,24 @@ def test_two_losses_are_reduced_alike():
     torch.testing.assert_close(each, toy_losses(w, reduction="none"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mean_is_to_the_bit_what_torch_divides(dtype):
+    for rays in (1, 3, 7, 49, 1000, 4097):
+        w = torch.rand(rays, 5, dtype=dtype, generator=torch.Generator().manual_seed(rays))
+        for denominator in (None, 3, 0.7, 1e6, torch.tensor(7.0, dtype=dtype)):
+            mean, _ = toy_losses(w, denominator=denominator)
+            each, _ = toy_losses(w, reduction="none")
+            assert torch.equal(mean, each.sum() / (rays if denominator is None else denominator))
+
+
+def test_denominator_of_0_divides_as_torch_does():
+    w = torch.rand(4, 5, requires_grad=True)
+    for denominator in (0, torch.tensor(0.0)):
+        loss, _ = toy_losses(w, denominator=denominator)
+        loss.backward()
+        assert loss.isinf() and w.grad.isinf().all()
+
+
 def test_packed_rays_have_integer_offsets():
     w, offsets = toy_packed.op.sample((), torch.float64, P=20, R=7)
     assert offsets.dtype == torch.int64 and offsets[0] == 0 and offsets[-1] == 20

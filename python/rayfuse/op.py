@@ -577,9 +577,7 @@ def _autograd_functions(
         if d_output is None:
             return None
         count = _count(ctx.shape, ctx.reduction, ctx.denominator)
-        eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if eager and type(d_output) is Tensor and d_output.is_cpu:
-            # a number costs no synchronisation here, and a third of the time of what follows
+        if _is_at_hand(d_output) and (count is None or count):
             value = d_output.item() if count is None else d_output.item() / float(count)
             return d_output.new_full(ctx.shape, value)
         d_loss = d_output.expand(ctx.shape)
@@ -725,7 +723,23 @@ def reduced(loss: Tensor, reduction: str | None, denominator: float | Tensor | N
     if loss.device.type == "cpu" and loss.numel() > _SERIAL_SUM:
         loss = torch.stack([part.sum() for part in loss.flatten().split(_SERIAL_SUM)])
     total = loss.sum()
-    return total if count is None else total / count
+    if count is None:
+        return total
+    if type(count) is int and count and _is_at_hand(total):
+        return total.new_full((), total.item() / count)  # to the bit what torch divides
+    return total / count
+
+
+def _is_at_hand(x: Tensor) -> bool:
+    """Whether a number may be looked at: on a CPU, where nothing traces what becomes of it. To
+    compute with it there takes a fraction of the time of torch's operators."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _count(
