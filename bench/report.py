@@ -85,6 +85,7 @@ def finish() -> Iterator[str]:
     touched = {(row.op, row.table) for row in _rows}
     whole: list[str] = []
     for op, of_op in groupby(rows, lambda row: row.op):
+        into_docs = not own_page and op in {row.op for row in _rows}
         page: list[str] = []
         for title, group in groupby(of_op, lambda row: row.table):
             table = Table(title, [*group])
@@ -92,11 +93,11 @@ def finish() -> Iterator[str]:
             if (op, title) in touched:
                 yield from ("", f"{op}: {title}", *text)
             plot = f"{op}_{re.sub(r'[^a-zA-Z]+', '_', title.partition(',')[0])}.svg"
-            if not own_page and table.plot(ROOT / "docs" / plot):
+            if into_docs and table.plot(ROOT / "docs" / plot):
                 text = [*text, "", f"![{title}]({plot})"]
             page += [f"### {title[0].upper()}{title[1:]}", "", *text, ""]
         whole += [f"## `{op}`", "", *page]
-        if op in pages and not own_page:
+        if op in pages and into_docs:
             _insert(ROOT / "docs" / f"{pages[op]}.md", op, page)
     if own_page:
         own_page.write_text("\n".join([f"Measured on: {_used()}.", "", *whole]))
@@ -271,13 +272,14 @@ class Table:
         return figure
 
     def _growth_figure(self) -> plt.Figure:
+        letter = self.title.removeprefix("growth with ").split(",")[0]
         figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
         for axes, what, unit in zip(panels, ("ms", "memory_mb"), ("ms", "extra MB"), strict=True):
             for name in self.contenders:
                 rows = [self.at.get((name, column)) for column in self.columns]
                 points = [(float(row.column), getattr(row, what)) for row in rows if row]
                 axes.plot(*zip(*points, strict=True), label=name, **_mark(name, line=True))
-            axes.set(xscale="log", yscale="log", xlabel="S", ylabel=unit)
+            axes.set(xscale="log", yscale="log", xlabel=letter, ylabel=unit)
             ticks = [float(column) for column in self.columns]
             axes.set_xticks(ticks, self.columns)
             axes.minorticks_off()
