@@ -83,9 +83,10 @@ def finish() -> Iterator[str]:
     path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n')
 
     touched = {(row.op, row.table) for row in _rows}
+    ran = {op for op, _ in touched}
     whole: list[str] = []
     for op, of_op in groupby(rows, lambda row: row.op):
-        into_docs = not own_page and op in {row.op for row in _rows}
+        into_docs = op in ran and not own_page
         page: list[str] = []
         for title, group in groupby(of_op, lambda row: row.table):
             table = Table(title, [*group])

@@ -302,6 +302,15 @@ def test_no_rays_and_more_leading_dimensions():
         assert all(x.grad.shape == x.shape for x in trained(named).values())
 
 
+def test_batch_of_objectives_is_theirs_one_by_one():
+    named = inputs(rays=(2, 3), levels=())
+    del named["proposals"]
+    with torch.no_grad():
+        got = torch.vmap(lambda x: rayfuse.field_losses(**x))(named)
+        each = [rayfuse.field_losses(**{name: x[i] for name, x in named.items()}) for i in (0, 1)]
+    torch.testing.assert_close(tuple(got), tuple(map(torch.stack, zip(*each, strict=True))))
+
+
 def test_whole_objective_is_one_graph():
     named = leaves(inputs(torch.float32))
     compiled = torch.compile(rayfuse.field_losses, fullgraph=True, backend="aot_eager")

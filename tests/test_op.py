@@ -8,7 +8,7 @@ from torch import Tensor
 
 import rayfuse
 from rayfuse.domain import csr, increasing, positive
-from rayfuse.op import op
+from rayfuse.op import op, reduced
 
 
 @op(
@@ -220,10 +220,19 @@ def test_two_losses_are_reduced_alike():
 def test_mean_is_to_the_bit_what_torch_divides(dtype):
     for rays in (1, 3, 7, 49, 1000, 4097):
         w = torch.rand(rays, 5, dtype=dtype, generator=torch.Generator().manual_seed(rays))
-        for denominator in (None, 3, 0.7, 1e6, torch.tensor(7.0, dtype=dtype)):
+        w.requires_grad_()
+        for denominator in (None, 3, 0.7, 1e6, (1 << 24) + 1, torch.tensor(7.0, dtype=dtype)):
+            count = rays if denominator is None else denominator
             mean, _ = toy_losses(w, denominator=denominator)
             each, _ = toy_losses(w, reduction="none")
-            assert torch.equal(mean, each.sum() / (rays if denominator is None else denominator))
+            assert torch.equal(mean, each.sum() / count)
+            ours, right = (torch.autograd.grad(x, w)[0] for x in (2 * mean, each.sum() * 2 / count))
+            assert torch.equal(ours, right)
+
+
+def test_mean_of_what_has_no_value_is_torchs():
+    with torch.no_grad():
+        assert reduced(torch.empty(3, device="meta"), "mean", None).is_meta
 
 
 def test_denominator_of_0_divides_as_torch_does():

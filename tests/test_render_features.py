@@ -119,13 +119,14 @@ class TestRenderFeatures(Contract):
     def test_system_may_take_large_memory_but_for_what_came_back_last(self):
         w, f = self.inputs((3000,), S=32, C=256)
         d_features, raw = torch.rand(3000, 256), self.spec.kernels.choose("cpu")
-        held = [raw.bwd(d_features, w, f, 2)[1] for _ in range(4)]
-        megabytes, before = held[0].nbytes / (1 << 20), resident("LazyFree", "smaps_rollup")
-        assert 256 / 3 < megabytes < 256 / 2
-        held.clear()
-        free = resident("LazyFree", "smaps_rollup") - before
+        for _ in range(3):  # what was marked and taken again is so once more
+            held = [raw.bwd(d_features, w, f, 2)[1] for _ in range(4)]
+            megabytes, before = held[0].nbytes / (1 << 20), resident("LazyFree", "smaps_rollup")
+            assert 256 / 3 < megabytes < 256 / 2
+            held.clear()
+            free = resident("LazyFree", "smaps_rollup") - before
+            assert 1.5 * megabytes < free < 2.5 * megabytes
         rayfuse.release_memory()
-        assert 1.5 * megabytes < free < 2.5 * megabytes
 
     @settings(max_examples=60, deadline=None)
     @given(

@@ -2,8 +2,8 @@
 // fresh from the system at each call, which clears new pages: for 604 MB that takes 13 ms, and
 // writing them 8 (2 threads, huge pages). So the last four blocks that nobody uses any more stay
 // for the next call. What goes beyond the last 256 MB of them is marked free, so that the system
-// takes it back where it runs short. Marking takes 10 us for each huge page, as every processor
-// forgets about it: a loop whose blocks come and go would pay 0.24 ms for each of 50 MB.
+// takes it back where it runs short; not the rest, as marking interrupts every processor for each
+// huge page, which a loop whose blocks come and go would pay for each time (docs/features.md).
 #pragma once
 
 #include "../common.h"
@@ -31,7 +31,6 @@ class LargeMemory {
   struct Block {
     void* memory = nullptr;
     int64_t bytes = 0;
-    bool is_marked = false;
   };
 
   // Never destroyed: tensors outlive static objects.
@@ -54,16 +53,16 @@ class LargeMemory {
 
   // The oldest makes room.
   void give(Block block) {
-    block.is_marked = false;
+    const int64_t given = block.bytes;
     const std::lock_guard lock(mutex_);
     for (Block& older : idle_) std::swap(block, older);
     unmap(block);
-    int64_t newest = 0;
-    for (Block& idle : idle_) {
-      newest += idle.bytes;
-      if (newest <= kUnmarkedBytes || idle.is_marked) continue;
-      madvise(idle.memory, idle.bytes, MADV_FREE);
-      idle.is_marked = true;
+    int64_t bytes = 0;
+    for (const Block& idle : idle_) {
+      bytes += idle.bytes;
+      // what was beyond the last ones before has been marked then
+      const bool goes_beyond = bytes > kUnmarkedBytes && bytes - given <= kUnmarkedBytes;
+      if (goes_beyond) madvise(idle.memory, idle.bytes, MADV_FREE);
     }
   }
 

@@ -214,9 +214,7 @@ class RayFeatures {
       for (int i = 0; i < rows; ++i) {
         if (with_d_w) {
           if (in_cache) {
-            // the next ray's, into the second level, as memory would idle: 4.7 ms became 3.1 for a
-            // distillation of half precision (1024 x 48 x 768, 2 threads), 3.1 ms 2.7 for float
-            // (1024 x 48 x 256)
+            // the next ray's, into the second level, as memory would idle (docs/features.md)
             __builtin_prefetch(f + (S_ + i) * C_ + c, 0, 2);
           } else {
             __builtin_prefetch(f + (rows + i) * C_ + c);

@@ -576,12 +576,7 @@ def _autograd_functions(
         """The gradient of each ray's loss, from that of the reduced one."""
         if d_output is None:
             return None
-        count = _count(ctx.shape, ctx.reduction, ctx.denominator)
-        if _is_at_hand(d_output) and (count is None or count):
-            value = d_output.item() if count is None else d_output.item() / float(count)
-            return d_output.new_full(ctx.shape, value)
-        d_loss = d_output.expand(ctx.shape)
-        return d_loss if count is None else d_loss / count
+        return _divided(d_output, _count(ctx.shape, ctx.reduction, ctx.denominator), ctx.shape)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -723,23 +718,26 @@ def reduced(loss: Tensor, reduction: str | None, denominator: float | Tensor | N
     if loss.device.type == "cpu" and loss.numel() > _SERIAL_SUM:
         loss = torch.stack([part.sum() for part in loss.flatten().split(_SERIAL_SUM)])
     total = loss.sum()
-    if count is None:
-        return total
-    if type(count) is int and count and _is_at_hand(total):
-        return total.new_full((), total.item() / count)  # to the bit what torch divides
-    return total / count
+    return total if count is None else _divided(total, count, ())
 
 
-def _is_at_hand(x: Tensor) -> bool:
-    """Whether a number may be looked at: on a CPU, where nothing traces what becomes of it. To
-    compute with it there takes a fraction of the time of torch's operators."""
-    return (
-        type(x) is Tensor
+def _divided(x: Tensor, count: float | Tensor | None, shape: Sequence[int]) -> Tensor:
+    """A number divided by how many there are, in every place of a shape.
+
+    On a CPU, where nothing traces what becomes of it, Python divides in a fraction of the time of
+    torch's operators, and to the bit alike: torch would first round other counts to the type of x.
+    """
+    if (
+        (count is None or (isinstance(count, int) and 0 < count <= 1 << 24))
+        and type(x) is Tensor
         and x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-    )
+    ):
+        return x.new_full(shape, x.item() / (count or 1))
+    x = x.expand(shape)
+    return x if count is None else x / count
 
 
 def _count(
