@@ -6,10 +6,9 @@
 
 namespace rayfuse {
 
-// Samples k.. of a ray of n; k may be -1. The lanes outside of the ray are 0.
+// Samples k.. of a ray of n. The lanes behind the ray are 0.
 template <class T>
 vec<accumulator<T>> load_at(const T* ray, int64_t k, int64_t n) {
-  if (k < 0) return shift_up<1>(load_at(ray, 0, n));
   return n - k < kLanes<accumulator<T>> ? load(ray + k, n - k) : load(ray + k);
 }
 template <class T>
@@ -45,12 +44,17 @@ V earlier_lanes(V x) {
   if constexpr (places < K) return shift_inside<from_right ? -places : places>(x);
   if constexpr (places >= K) return carry_from<from_right ? -places / K : places / K>(x);
 }
-// The same of factors: ones come in.
-template <class A, bool from_right, int places>
-vec<A> earlier_factors(vec<A> x) {
-  using bits = lane_index<A>;
-  const vec<A> ones = broadcast<A>(1), missing = ones - earlier_lanes<from_right, places>(ones);
-  return (vec<A>)((bits)earlier_lanes<from_right, places>(x) | (bits)missing);
+// x times the factors so many places before, where there are any.
+template <bool from_right, int places, class V>
+V times_earlier(V x) {
+  constexpr int n = kLanesOf<V>, K = 16 / sizeof(std::declval<V>()[0]);
+  constexpr auto has_one = [](int lane) -> uint32_t {
+    const int at = places < K ? lane % K : lane / K, step = places < K ? places : places / K;
+    return from_right ? at + step < (places < K ? K : n / K) : at >= step;
+  };
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return select_lanes<((has_one(i) << i) | ...)>(x * earlier_lanes<from_right, places>(x), x);
+  }(std::make_integer_sequence<int, n>());
 }
 
 // The running sums of the lanes from the left or from the right.
@@ -112,7 +116,7 @@ class Chain {
   template <int places>
   static vec<A> inclusive(vec<A> a, vec<A> b, vec<A> last) {
     if constexpr (places < kLanes<A>) {
-      return inclusive<2 * places>(a * earlier_factors<A, from_right, places>(a),
+      return inclusive<2 * places>(times_earlier<from_right, places>(a),
                                    b + a * earlier_lanes<from_right, places>(b), last);
     }
     return b + a * last;
@@ -134,7 +138,7 @@ class Product {
   template <int places>
   static vec<A> inclusive(vec<A> x) {
     if constexpr (places < kLanes<A>) {
-      return inclusive<2 * places>(x * earlier_factors<A, from_right, places>(x));
+      return inclusive<2 * places>(times_earlier<from_right, places>(x));
     }
     return x;
   }

@@ -371,6 +371,18 @@ V permute(V x, I index) {
   return out;
 }
 
+// a in the lanes whose bits are set, b in the others.
+template <uint32_t bits, class V>
+V select_lanes(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (kLanesOf<V> == 16) return (V)_mm512_mask_mov_ps((__m512)b, bits, (__m512)a);
+  if constexpr (kLanesOf<V> == 8) return (V)_mm512_mask_mov_pd((__m512d)b, bits, (__m512d)a);
+#endif
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(a, b, (bits >> i & 1 ? i : kLanesOf<V> + i)...);
+  }(std::make_integer_sequence<int, kLanesOf<V>>());
+}
+
 // Lanes move up, or down, by a number of places; zeros come in.
 template <int places, class V>
 V shift_up(V x) {
