@@ -47,7 +47,10 @@ def benches(stem: str) -> Iterator[harness.Bench]:
             yield bench()
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
+Call = Callable[[], Any]
+
+
+def milliseconds(call: Call) -> float:
     synchronize = torch.get_device_module(peers.device).synchronize
     for _ in range(2):
         call()
@@ -67,6 +70,34 @@ def nbytes(tensors: Any) -> int:
     return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
 
+class Kernels:
+    """Those of an op with their arguments, all gradients wanted."""
+
+    def __init__(
+        self, bench: harness.Bench, named: dict[str, Tensor], backend: str, **options: Any
+    ) -> None:
+        spec = bench.op.op
+        inputs = [named.get(name) for name in spec.inputs]
+        args = [
+            x.contiguous() if isinstance(x, Tensor) else x
+            for x in spec.raw_arguments(inputs, **bench.options, **options)
+        ]
+        needs = spec.needs([i for i in spec.differentiable if inputs[i] is not None])
+        kernels = spec.kernels.choose(peers.device.type, backend)
+        self.out = peers.as_tuple(kernels.fwd(*args))
+        results, self.kept = self.out[: len(spec.outputs)], self.out[len(spec.outputs) :]
+        self.d_results = [torch.rand_like(x) for x in results]
+        backward = [*self.d_results, *self.kept, *args, needs]
+        self.forward = lambda: kernels.fwd(*args)
+        self.backward = lambda: kernels.bwd(*backward)
+        self.grads = peers.as_tuple(self.backward())
+
+
+def title(bench: harness.Bench) -> str:
+    name, of_bench = bench.op.op.name, bench.title.strip(" ,")
+    return f"`{name}`" + (f" {of_bench}" if of_bench not in ("", name) else "")
+
+
 def row(bench: harness.Bench, backend: str, bytes_per_ms: float) -> list[str]:
     spec = bench.op.op
     workload = bench.workloads[min(WORKLOADS.get(spec.name, 2), len(bench.workloads) - 1)]
@@ -74,35 +105,22 @@ def row(bench: harness.Bench, backend: str, bytes_per_ms: float) -> list[str]:
     if workload.leading[0] >= 1 << 16 and not spec.name.startswith("packed"):
         times = TIMES
         named = {name: torch.cat([x] * times) for name, x in named.items()}
-    options = dict(bench.options)
+    options = {}
     if spec.name == "composite_tiles":
-        options |= dict(zip(("image_width", "image_height"), workload.leading, strict=True))
-    inputs = [named.get(name) for name in spec.inputs]
-    args = [
-        x.contiguous() if isinstance(x, Tensor) else x
-        for x in spec.raw_arguments(inputs, **options)
-    ]
-    needs = spec.needs([i for i in spec.differentiable if inputs[i] is not None])
-    kernels = spec.kernels.choose(peers.device.type, backend)
-    out = peers.as_tuple(kernels.fwd(*args))
-    results, kept = out[: len(spec.outputs)], out[len(spec.outputs) :]
-    d_results = [torch.rand_like(x) for x in results]
-    backward = [*d_results, *kept, *args, needs]
-    grads = peers.as_tuple(kernels.bwd(*backward))
+        options = dict(zip(("image_width", "image_height"), workload.leading, strict=True))
+    kernels = Kernels(bench, named, backend, **options)
     again = named if bench.read_again is None else {n: named[n] for n in bench.read_again}
     cells = []
     for call, moved in (
-        (lambda: kernels.fwd(*args), nbytes((*named.values(), *out))),
+        (kernels.forward, nbytes((*named.values(), *kernels.out))),
         (
-            lambda: kernels.bwd(*backward),
-            nbytes((*again.values(), *d_results, *kept, *grads)),
+            kernels.backward,
+            nbytes((*again.values(), *kernels.d_results, *kernels.kept, *kernels.grads)),
         ),
     ):
         ms = milliseconds(call)
         cells += [f"{ms:.3f}", f"{ms * bytes_per_ms / moved:.2f}"]
-    title = bench.title.strip(" ,")
-    title = f"`{spec.name}`" + (f" {title}" if title not in ("", spec.name) else "")
-    return [title, f"{workload}" + (f", {times} times" if times > 1 else ""), *cells]
+    return [title(bench), f"{workload}" + (f", {times} times" if times > 1 else ""), *cells]
 
 
 def main() -> None:

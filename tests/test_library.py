@@ -165,3 +165,10 @@ def test_doctor_fits_one_screen_and_names_every_backend():
     assert len(done.stdout.splitlines()) <= 30
     for name in (*backend.NAMES, *(library.name for library in LIBRARIES), "toolkit", "torch"):
         assert re.search(rf"^  {re.escape(name)} ", done.stdout, re.M), name
+
+
+def test_doctor_is_silent_where_nobody_reads_on():
+    command = [sys.executable, "-m", "rayfuse", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        done.stdout.close()
+        assert (done.stderr.read(), done.wait()) == (b"", 141)

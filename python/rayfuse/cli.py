@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,8 +29,19 @@ INSTALL = "needs the extra '{0}': pip install 'rayfuse[{0}]' (missing: {1})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Runs a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 141 where nobody
+    reads on."""
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `rayfuse doctor | head`: what is left would fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     command = arguments.pop(0) if arguments else ""
     if command in JOBS:
         return _run(command, arguments)

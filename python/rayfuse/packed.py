@@ -107,25 +107,29 @@ class PackedOp(Op):
         """Random inputs: each ray's intervals in order from 0 on, some with gaps between them."""
         values = super().sample(leading, dtype, seed, **sizes)
         named = dict(zip(self.inputs, values, strict=True))
-        for starts, ends, offsets, letter in self._intervals():
+        self.lay_intervals(named, seed)
+        return [*named.values()]
+
+    def lay_intervals(self, named: dict[str, Tensor], seed: int = 0) -> None:
+        """Replace the intervals by random ones of the rays that the offsets tell."""
+        for starts, ends, offsets in self._intervals():
+            n, dtype, rays = len(named[starts]), named[starts].dtype, len(named[offsets]) - 1
             generator = torch.Generator().manual_seed(seed + 1)
-            u = torch.rand(2, sizes[letter], generator=generator, dtype=torch.float64)
+            u = torch.rand(2, n, generator=generator, dtype=torch.float64)
             # half of the intervals begin where the one before ends
             gap, width = (2 * u[0] - 1).clamp(min=0), 0.05 + u[1]
             far = (gap + width).cumsum(0)
             # in a sum of all rays the others' rounding would show
-            rays = PackedRays(named[offsets], sizes[letter])
-            near = far - rays.at_first(far - width - gap)
-            scale = max(sizes["R"], 1) / max(sizes[letter], 1)
+            near = far - PackedRays(named[offsets], n).at_first(far - width - gap)
+            scale = max(rays, 1) / max(n, 1)
             named[starts] = (scale * (near - width)).to(dtype)
             named[ends] = (scale * near).to(dtype)
-        return [*named.values()]
 
-    def _intervals(self) -> Iterator[tuple[str, str, str, str]]:
-        """Names of starts, ends and offsets, and the letter of their size."""
+    def _intervals(self) -> Iterator[tuple[str, str, str]]:
+        """Names of starts, ends and offsets."""
         for t, offsets in (("t", "offsets"), ("t_env", "offsets_env")):
             if f"{t}_starts" in self.inputs:
-                yield f"{t}_starts", f"{t}_ends", offsets, self.domain[offsets].size or ""
+                yield f"{t}_starts", f"{t}_ends", offsets
 
     def _reference(self, *args: Any) -> Any:
         # on the CPU kernels look at the offsets as well, as it costs no synchronisation
@@ -135,7 +139,7 @@ class PackedOp(Op):
 
     def _check_values(self, named: dict[str, Tensor]) -> None:
         super()._check_values(named)
-        for starts_name, ends_name, offsets, _ in self._intervals():
+        for starts_name, ends_name, offsets in self._intervals():
             starts, ends = named[starts_name], named[ends_name]
             first = PackedRays(named[offsets], len(starts)).place == 0
             before = torch.where(first, starts, torch.cat([starts[:1], ends[:-1]]))
