@@ -11,7 +11,7 @@ namespace {
 // The loss of a ray of n samples, and its gradients to their weights and bounds; the latter are 0
 // in a last register where there is no sample.
 template <class T>
-accumulator<T> loss_and_slopes(int64_t n, accumulator<T> eps,
+accumulator<T> loss_and_slopes(int64_t n, int64_t room, accumulator<T> eps,
                                const T* w,                     // [n]
                                const accumulator<T>* w_outer,  // [n]
                                accumulator<T>* slope,          // [n]
@@ -24,7 +24,7 @@ accumulator<T> loss_and_slopes(int64_t n, accumulator<T> eps,
     const vec<A> w_here = load_at(w, i, n);
     const Uncovered<A> here(w_here, load_at(w_outer, i, n), w_here, eps);
     sums += __builtin_convertvector(here.r * here.u, Sums);
-    store_at(slope, i, n, mean * (here.u * (2 - here.u)));
+    store_at(slope, i, n, room, mean * (here.u * (2 - here.u)));
     store(slope_outer + i, -2 * mean * here.u);
   }
   double total = 0;
@@ -40,9 +40,9 @@ RAYFUSE_KERNEL void scale(int64_t first, int64_t last, const Rays& rays,
                           T* d_x) {                      // [P]
   using A = accumulator<T>;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t k = rays.begin(r), n = rays.begin(r + 1) - k;
+    const int64_t k = rays.begin(r), n = rays.begin(r + 1) - k, room = rays.begin(last) - k;
     for (int64_t i = 0; i < n; i += kLanes<A>) {
-      store_at(d_x + k, i, n, d_loss[r] * load_at(slope + k, i, n));
+      store_at(d_x + k, i, n, room, d_loss[r] * load_at(slope + k, i, n));
     }
   }
 }

@@ -11,9 +11,11 @@ template <class T>
 vec<accumulator<T>> load_at(const T* ray, int64_t k, int64_t n) {
   return n - k < kLanes<accumulator<T>> ? load(ray + k, n - k) : load(ray + k);
 }
+// `room` is how many samples from the ray's first on this thread stores, those behind the ray
+// later: the empty lanes may go there, as where a ray ends would be a branch, and a masked store.
 template <class T>
-void store_at(T* ray, int64_t k, int64_t n, vec<accumulator<T>> x) {
-  n - k < kLanes<accumulator<T>> ? store(ray + k, x, n - k) : store(ray + k, x);
+void store_at(T* ray, int64_t k, int64_t n, int64_t room, vec<accumulator<T>> x) {
+  room - k < kLanes<accumulator<T>> ? store(ray + k, x, n - k) : store(ray + k, x);
 }
 
 // x with `value` in lane n - 1 - k, where the last sample of a ray of n lies if it is among k.. .

@@ -21,14 +21,14 @@ RAYFUSE_KERNEL void weights(int64_t first, int64_t last,
                             accumulator<T>* remaining) {  // [R]
   using A = accumulator<T>;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin;
+    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
     Product<A, false> product;
     remaining[r] = 1;
     for (int64_t k = 0; k < n; k += kLanes<A>) {
       const vec<A> alpha_here = load_at(alpha + begin, k, n);
       const auto [light_here, passed] = product.add(1 - alpha_here);
-      store_at(w + begin, k, n, light_here * alpha_here);
-      store_at(light + begin, k, n, light_here);
+      store_at(w + begin, k, n, room, light_here * alpha_here);
+      store_at(light + begin, k, n, room, light_here);
       // nothing lies in the lanes behind the last sample
       remaining[r] = passed[kLanes<A> - 1];
     }
@@ -48,7 +48,8 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last,
   constexpr int N = kLanes<A>;
   std::vector<vec<A>> light;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, blocks = (n + N - 1) / N;
+    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
+    const int64_t blocks = (n + N - 1) / N;
     if (blocks > static_cast<int64_t>(light.size())) light.resize(blocks);
     Product<A, false> product;
     for (int64_t i = 0; i < blocks; ++i) {
@@ -61,7 +62,7 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last,
       const vec<A> d_w_here = d_w ? load_at(d_w + begin, k, n) : vec<A>{};
       const vec<A> d_light_here = d_light ? load_at(d_light + begin, k, n) : vec<A>{};
       const vec<A> behind = chain.add(1 - alpha_here, d_w_here * alpha_here + d_light_here).before;
-      store_at(d_alpha + begin, k, n, light[i] * (d_w_here - behind));
+      store_at(d_alpha + begin, k, n, room, light[i] * (d_w_here - behind));
     }
   }
 }

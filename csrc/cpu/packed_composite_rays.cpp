@@ -102,9 +102,9 @@ struct SampleGradients {
 // and what comes through the depth.
 template <bool long_rays, class T>
 __attribute__((noinline)) RAYFUSE_KERNEL void back_to_samples(
-    const Options& options, int64_t n, const DepthGradient<accumulator<T>>& through_depth,
-    accumulator<T> d_depth, const Kept<accumulator<T>>* kept, const accumulator<T>* products,
-    const SampleGradients<T>& d) {
+    const Options& options, int64_t n, int64_t room,
+    const DepthGradient<accumulator<T>>& through_depth, accumulator<T> d_depth,
+    const Kept<accumulator<T>>* kept, const accumulator<T>* products, const SampleGradients<T>& d) {
   using A = accumulator<T>;
   constexpr int N = kLanes<A>;
   RightScan<A, long_rays> behind;
@@ -128,9 +128,9 @@ __attribute__((noinline)) RAYFUSE_KERNEL void back_to_samples(
     vec<A> d_start = A(0.5) * d_mid - d_width, d_end = A(0.5) * d_mid + d_width;
     if (through_depth.edge == 0 && k == 0) d_start[0] += d_depth;
     if (through_depth.edge == n && last < N) d_end[last] += d_depth;
-    if (d.w) store_at(d.w, k, n, g);
-    if (d.t_starts) store_at(d.t_starts, k, n, d_start);
-    if (d.t_ends) store_at(d.t_ends, k, n, d_end);
+    if (d.w) store_at(d.w, k, n, room, g);
+    if (d.t_starts) store_at(d.t_starts, k, n, room, d_start);
+    if (d.t_ends) store_at(d.t_ends, k, n, room, d_end);
   }
 }
 
@@ -275,8 +275,8 @@ void gradients(int64_t first, int64_t last, const Options& options,
     const A* const light_from = in.behind(options, r, behind.data());
     if (light_from) through_depth.common -= dot(d_features_r, light_from, C);
     const auto way_back = is_long<A>(ray.n) ? back_to_samples<true, T> : back_to_samples<false, T>;
-    way_back(options, ray.n, through_depth, d_depth ? d_depth[r] : A(0), rows.kept.data(),
-             in.f ? rows.products.data() : nullptr, d.from(begin));
+    way_back(options, ray.n, in.offsets[last] - begin, through_depth, d_depth ? d_depth[r] : A(0),
+             rows.kept.data(), in.f ? rows.products.data() : nullptr, d.from(begin));
   }
 }
 

@@ -59,9 +59,10 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, double sigma, double 
     const int64_t end = offsets[r + 1];
     for (int64_t k = offsets[r]; k < end; k += kLanes<A>) {
       if (valid) here.load_at(w + k, s + k, lengths ? lengths + k : nullptr, D, end - k);
-      if (d_w) store_at(d_w, k, end, valid ? g * here.d_w() : vec<A>{});
-      if (d_s) store_at(d_s, k, end, valid ? g * here.d_s() : vec<A>{});
-      if (d_lengths) store_at(d_lengths, k, end, valid ? g * here.d_lengths() : vec<A>{});
+      if (d_w) store_at(d_w, k, end, offsets[last], valid ? g * here.d_w() : vec<A>{});
+      if (d_s) store_at(d_s, k, end, offsets[last], valid ? g * here.d_s() : vec<A>{});
+      if (d_lengths)
+        store_at(d_lengths, k, end, offsets[last], valid ? g * here.d_lengths() : vec<A>{});
     }
     if (d_depth_pred) {
       d_depth_pred[r] = narrow<T>(valid ? 2 * g * (widen(depth_pred[r]) - D) : A(0));

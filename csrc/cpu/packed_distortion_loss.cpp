@@ -98,8 +98,9 @@ struct Gradients {
 };
 
 template <bool long_rays, class T>
-void gradients_of(int64_t n, accumulator<T> d_loss, const T* t_starts, const T* t_ends, const T* w,
-                  const Gradients<T>& out, Kept<accumulator<T>>* kept) {
+void gradients_of(int64_t n, int64_t room, accumulator<T> d_loss, const T* t_starts,
+                  const T* t_ends, const T* w, const Gradients<T>& out,
+                  Kept<accumulator<T>>* kept) {
   using A = accumulator<T>;
   constexpr int N = kLanes<A>;
   LeftPass<T, long_rays> pass{t_starts, t_ends, w, n};
@@ -116,11 +117,11 @@ void gradients_of(int64_t n, accumulator<T> d_loss, const T* t_starts, const T* 
     const Kept<A>& here = kept[k / N];
     const auto [right, right_or_here] = weight.add(here.w);
     const vec<A> balance = here.left - right, third = A(1) / 3 * here.w;
-    if (out.d_t_starts) store_at(out.d_t_starts, k, n, d_loss * (here.w * (balance - third)));
-    if (out.d_t_ends) store_at(out.d_t_ends, k, n, d_loss * (here.w * (balance + third)));
+    if (out.d_t_starts) store_at(out.d_t_starts, k, n, room, d_loss * (here.w * (balance - third)));
+    if (out.d_t_ends) store_at(out.d_t_ends, k, n, room, d_loss * (here.w * (balance + third)));
     if (out.d_w) {
       const vec<A> spread_right = spread.add(here.gap * right_or_here).before;
-      store_at(out.d_w, k, n, d_loss * (here.d_w + spread_right));
+      store_at(out.d_w, k, n, room, d_loss * (here.d_w + spread_right));
     }
   }
 }
@@ -173,9 +174,11 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last,
     const int64_t blocks = (n + kLanes<A> - 1) / kLanes<A>;
     if (blocks > static_cast<int64_t>(kept.size())) kept.resize(blocks);
     if (is_long<A>(n)) {
-      gradients_of<true>(n, d_loss[r], t_starts + k, t_ends + k, w + k, out, kept.data());
+      gradients_of<true>(n, offsets[last] - k, d_loss[r], t_starts + k, t_ends + k, w + k, out,
+                         kept.data());
     } else {
-      gradients_of<false>(n, d_loss[r], t_starts + k, t_ends + k, w + k, out, kept.data());
+      gradients_of<false>(n, offsets[last] - k, d_loss[r], t_starts + k, t_ends + k, w + k, out,
+                          kept.data());
     }
   }
 }

@@ -49,14 +49,14 @@ RAYFUSE_KERNEL void weights(int64_t first, int64_t last, Medium<T> medium,
                             accumulator<T>* remaining) {  // [R]
   using A = accumulator<T>;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin;
+    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
     remaining[r] = 1;
     as_constant(is_long<A>(n), [&](auto long_rays) {
       LeftPass<T, long_rays> pass{medium, begin, n};
       for (int64_t k = 0; k < n; k += kLanes<A>) {
         pass.step(k);
-        store_at(w + begin, k, n, pass.w);
-        store_at(light + begin, k, n, pass.light);
+        store_at(w + begin, k, n, room, pass.w);
+        store_at(light + begin, k, n, room, pass.light);
         // nothing lies in the lanes behind the last sample
         remaining[r] = pass.passed[kLanes<A> - 1];
       }
@@ -89,7 +89,8 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, OutputGradients<accum
   constexpr int N = kLanes<A>;
   std::vector<Kept<A>> kept;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, blocks = (n + N - 1) / N;
+    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
+    const int64_t blocks = (n + N - 1) / N;
     if (blocks > static_cast<int64_t>(kept.size())) kept.resize(blocks);
     as_constant(is_long<A>(n), [&](auto long_rays) {
       LeftPass<T, long_rays> pass{medium, begin, n};
@@ -106,10 +107,10 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, OutputGradients<accum
         if (d_out.remaining) d_passed = with_last(d_passed, k, n, d_out.remaining[r]);
         const vec<A> d_x =
             (d_w - d_passed) * passed - behind.add(d_w * w + d_passed * passed).before;
-        if (d_in.sigma) store_at(d_in.sigma + begin, k, n, d_x * width);
+        if (d_in.sigma) store_at(d_in.sigma + begin, k, n, room, d_x * width);
         const vec<A> d_width = d_width_of<A>(density, d_x);
-        if (d_in.t_starts) store_at(d_in.t_starts + begin, k, n, -d_width);
-        if (d_in.t_ends) store_at(d_in.t_ends + begin, k, n, d_width);
+        if (d_in.t_starts) store_at(d_in.t_starts + begin, k, n, room, -d_width);
+        if (d_in.t_ends) store_at(d_in.t_ends + begin, k, n, room, d_width);
       }
     });
   }
