@@ -47,10 +47,7 @@ def benches(stem: str) -> Iterator[harness.Bench]:
             yield bench()
 
 
-Call = Callable[[], Any]
-
-
-def milliseconds(call: Call) -> float:
+def milliseconds(call: Callable[[], Any]) -> float:
     synchronize = torch.get_device_module(peers.device).synchronize
     for _ in range(2):
         call()

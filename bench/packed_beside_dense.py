@@ -3,13 +3,12 @@ bench/packed_beside_dense.py` (or with `triton` or `cuda`) prints a table for th
 that have both forms, without the engine around them.
 
 2^18 samples: dense rays of 64 or of 16, and as many packed rays with any number of samples up to
-twice as many, or with as many each. The least of many turns.
+twice as many, or with as many each. Medians of turns, as in all benches.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ import kernels
 import peers
 from rayfuse.ops import STEMS
 
-SAMPLES, TURNS = 1 << 18, 40
+SAMPLES, SECONDS = 1 << 18, 1.0
 # samples of a ray, and whether their number differs
 RAYS = ((64, False), (64, True), (16, True))
 # so that light reaches the end of a ray of 128: what is below 1e-38 takes longer in any form
@@ -61,20 +60,6 @@ def inputs(bench: harness.Bench, S: int, ragged: bool) -> dict[str, Tensor]:
     return {name: DIMMED.get(name, 1) * x for name, x in named.items()}
 
 
-def least(calls: list[kernels.Call]) -> list[float]:
-    """The least time of each, in turns."""
-    synchronize = torch.get_device_module(peers.device).synchronize
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(TURNS):
-        for call, own in zip(calls, times, strict=True):
-            synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
-            own.append(time.perf_counter() - start)
-    return [min(own[2:]) for own in times]
-
-
 def main() -> None:
     backend = sys.argv[1] if len(sys.argv) > 1 else "cpu"
     if backend != "cpu":
@@ -91,8 +76,9 @@ def main() -> None:
             cells = []
             for S, ragged in RAYS:
                 both = [kernels.Kernels(x, inputs(x, S, ragged), backend) for x in (dense, packed)]
-                times = least([call for x in both for call in (x.forward, x.backward)])
-                forward, backward, packed_forward, packed_backward = times
+                turns = [harness.Turns(call) for x in both for call in (x.forward, x.backward)]
+                harness.take_turns(turns, seconds=SECONDS)
+                forward, backward, packed_forward, packed_backward = (x.median for x in turns)
                 whole = (packed_forward + packed_backward) / (forward + backward)
                 cells.append(f"{packed_forward / forward:.2f} {whole:.2f}")
             print("| " + " | ".join([kernels.title(packed), *cells]) + " |", flush=True)

@@ -167,8 +167,11 @@ def test_doctor_fits_one_screen_and_names_every_backend():
         assert re.search(rf"^  {re.escape(name)} ", done.stdout, re.M), name
 
 
-def test_doctor_is_silent_where_nobody_reads_on():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_doctor_is_silent_where_nobody_reads_on(unbuffered):
     command = [sys.executable, "-m", "rayfuse", "doctor"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, env=env, **pipes) as done:
         done.stdout.close()
         assert (done.stderr.read(), done.wait()) == (b"", 141)

@@ -35,7 +35,7 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S, int64_t E, int
       prefetch<true>(slope + later * S, S);
       prefetch<true>(slope_env + later * E, E);
       envelope.locate(j, t + r * (S + 1), t_env + r * (E + 1));
-      loss[r] = loss_and_slopes(S, (end - r) * S, eps, w + r * S, envelope.w_outer(), slope + r * S,
+      loss[r] = loss_and_slopes({r * S, S, end * S}, eps, w, envelope.w_outer(), slope,
                                 slope_outer.data() + 1);
       envelope.store_gradient_of(r, end, slope_outer.data() + 1, slope_env);
     }

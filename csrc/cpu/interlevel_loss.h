@@ -11,20 +11,21 @@ namespace {
 // The loss of a ray of n samples, and its gradients to their weights and bounds; the latter are 0
 // in a last register where there is no sample.
 template <class T>
-accumulator<T> loss_and_slopes(int64_t n, int64_t room, accumulator<T> eps,
-                               const T* w,                     // [n]
+accumulator<T> loss_and_slopes(const RaySamples& ray, accumulator<T> eps,
+                               const T* w,                     // [P]
                                const accumulator<T>* w_outer,  // [n]
-                               accumulator<T>* slope,          // [n]
+                               accumulator<T>* slope,          // [P]
                                accumulator<T>* slope_outer) {  // [n + kLanes]
   using A = accumulator<T>;
+  const int64_t n = ray.n;
   using Sums = doubles<kLanes<A>>;
   const A mean = A(1) / std::max<int64_t>(n, 1);
   Sums sums = {};
   for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const vec<A> w_here = load_at(w, i, n);
+    const vec<A> w_here = ray.load(w, i);
     const Uncovered<A> here(w_here, load_at(w_outer, i, n), w_here, eps);
     sums += __builtin_convertvector(here.r * here.u, Sums);
-    store_at(slope, i, n, room, mean * (here.u * (2 - here.u)));
+    ray.store(slope, i, mean * (here.u * (2 - here.u)));
     store(slope_outer + i, -2 * mean * here.u);
   }
   double total = 0;
@@ -40,9 +41,9 @@ RAYFUSE_KERNEL void scale(int64_t first, int64_t last, const Rays& rays,
                           T* d_x) {                      // [P]
   using A = accumulator<T>;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t k = rays.begin(r), n = rays.begin(r + 1) - k, room = rays.begin(last) - k;
-    for (int64_t i = 0; i < n; i += kLanes<A>) {
-      store_at(d_x + k, i, n, room, d_loss[r] * load_at(slope + k, i, n));
+    const RaySamples ray{rays.begin(r), rays.begin(r + 1) - rays.begin(r), rays.begin(last)};
+    for (int64_t k = 0; k < ray.n; k += kLanes<A>) {
+      ray.store(d_x, k, d_loss[r] * ray.load(slope, k));
     }
   }
 }

@@ -11,12 +11,33 @@ template <class T>
 vec<accumulator<T>> load_at(const T* ray, int64_t k, int64_t n) {
   return n - k < kLanes<accumulator<T>> ? load(ray + k, n - k) : load(ray + k);
 }
-// `room` is how many samples from the ray's first on this thread stores, those behind the ray
-// later: the empty lanes may go there, as where a ray ends would be a branch, and a masked store.
-template <class T>
-void store_at(T* ray, int64_t k, int64_t n, int64_t room, vec<accumulator<T>> x) {
-  room - k < kLanes<accumulator<T>> ? store(ray + k, x, n - k) : store(ray + k, x);
-}
+
+// The samples of a ray in arrays of all samples, of which a thread takes those up to `end`, a ray
+// after the other.
+struct RaySamples {
+  int64_t begin, n, end;
+
+  // Those of packed ray r, of rays up to `last`.
+  static RaySamples of(const int64_t* offsets, int64_t r, int64_t last) {
+    return {offsets[r], offsets[r + 1] - offsets[r], offsets[last]};
+  }
+
+  template <class A>
+  int64_t registers() const {
+    return (n + kLanes<A> - 1) / kLanes<A>;
+  }
+  template <class T>
+  vec<accumulator<T>> load(const T* p, int64_t k) const {
+    return load_at(p + begin, k, n);
+  }
+  // The empty lanes go to the rays behind, which are stored later: where a ray ends would be a
+  // branch, and a masked store.
+  template <class T>
+  void store(T* p, int64_t k, vec<accumulator<T>> x) const {
+    T* const to = p + begin + k;
+    end - begin - k < kLanes<accumulator<T>> ? rayfuse::store(to, x, n - k) : rayfuse::store(to, x);
+  }
+};
 
 // x with `value` in lane n - 1 - k, where the last sample of a ray of n lies if it is among k.. .
 template <class A>

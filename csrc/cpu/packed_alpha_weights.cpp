@@ -21,14 +21,14 @@ RAYFUSE_KERNEL void weights(int64_t first, int64_t last,
                             accumulator<T>* remaining) {  // [R]
   using A = accumulator<T>;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
+    const RaySamples ray = RaySamples::of(offsets, r, last);
     Product<A, false> product;
     remaining[r] = 1;
-    for (int64_t k = 0; k < n; k += kLanes<A>) {
-      const vec<A> alpha_here = load_at(alpha + begin, k, n);
+    for (int64_t k = 0; k < ray.n; k += kLanes<A>) {
+      const vec<A> alpha_here = ray.load(alpha, k);
       const auto [light_here, passed] = product.add(1 - alpha_here);
-      store_at(w + begin, k, n, room, light_here * alpha_here);
-      store_at(light + begin, k, n, room, light_here);
+      ray.store(w, k, light_here * alpha_here);
+      ray.store(light, k, light_here);
       // nothing lies in the lanes behind the last sample
       remaining[r] = passed[kLanes<A> - 1];
     }
@@ -48,21 +48,21 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last,
   constexpr int N = kLanes<A>;
   std::vector<vec<A>> light;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
-    const int64_t blocks = (n + N - 1) / N;
+    const RaySamples ray = RaySamples::of(offsets, r, last);
+    const int64_t blocks = ray.registers<A>();
     if (blocks > static_cast<int64_t>(light.size())) light.resize(blocks);
     Product<A, false> product;
     for (int64_t i = 0; i < blocks; ++i) {
-      light[i] = product.add(1 - load_at(alpha + begin, i * N, n)).before;
+      light[i] = product.add(1 - ray.load(alpha, i * N)).before;
     }
     Chain<A, true> chain(d_remaining ? d_remaining[r] : A(0));
     for (int64_t i = blocks - 1; i >= 0; --i) {
       const int64_t k = i * N;
-      const vec<A> alpha_here = load_at(alpha + begin, k, n);
-      const vec<A> d_w_here = d_w ? load_at(d_w + begin, k, n) : vec<A>{};
-      const vec<A> d_light_here = d_light ? load_at(d_light + begin, k, n) : vec<A>{};
+      const vec<A> alpha_here = ray.load(alpha, k);
+      const vec<A> d_w_here = d_w ? ray.load(d_w, k) : vec<A>{};
+      const vec<A> d_light_here = d_light ? ray.load(d_light, k) : vec<A>{};
       const vec<A> behind = chain.add(1 - alpha_here, d_w_here * alpha_here + d_light_here).before;
-      store_at(d_alpha + begin, k, n, room, light[i] * (d_w_here - behind));
+      ray.store(d_alpha, k, light[i] * (d_w_here - behind));
     }
   }
 }

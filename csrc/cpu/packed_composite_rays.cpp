@@ -92,21 +92,22 @@ __attribute__((noinline)) RAYFUSE_KERNEL void ray_feature_gradients(
   feature_gradients(w, f, n, C, d_features, products, d_f);
 }
 
-// The gradients of the samples of one ray, null where they are not wanted.
+// The gradients of the samples, null where they are not wanted.
 template <class T>
 struct SampleGradients {
-  T *t_starts, *t_ends, *w;  // [n]
+  T *t_starts, *t_ends, *w;  // [P]
 };
 
 // The pass from the right: the gradients of weights are their products with the features, if any,
 // and what comes through the depth.
 template <bool long_rays, class T>
 __attribute__((noinline)) RAYFUSE_KERNEL void back_to_samples(
-    const Options& options, int64_t n, int64_t room,
+    const Options& options, const RaySamples& ray,
     const DepthGradient<accumulator<T>>& through_depth, accumulator<T> d_depth,
     const Kept<accumulator<T>>* kept, const accumulator<T>* products, const SampleGradients<T>& d) {
   using A = accumulator<T>;
   constexpr int N = kLanes<A>;
+  const int64_t n = ray.n;
   RightScan<A, long_rays> behind;
   for (int64_t k = (n - 1) / N * N; k >= 0; k -= N) {
     const Kept<A>& here = kept[k / N];
@@ -128,9 +129,9 @@ __attribute__((noinline)) RAYFUSE_KERNEL void back_to_samples(
     vec<A> d_start = A(0.5) * d_mid - d_width, d_end = A(0.5) * d_mid + d_width;
     if (through_depth.edge == 0 && k == 0) d_start[0] += d_depth;
     if (through_depth.edge == n && last < N) d_end[last] += d_depth;
-    if (d.w) store_at(d.w, k, n, room, g);
-    if (d.t_starts) store_at(d.t_starts, k, n, room, d_start);
-    if (d.t_ends) store_at(d.t_ends, k, n, room, d_end);
+    if (d.w) ray.store(d.w, k, g);
+    if (d.t_starts) ray.store(d.t_starts, k, d_start);
+    if (d.t_ends) ray.store(d.t_ends, k, d_end);
   }
 }
 
@@ -222,13 +223,9 @@ void composite(int64_t first, int64_t last, const Options& options, const Inputs
 
 template <class T, class F>
 struct Gradients {
-  T *t_starts, *t_ends, *w;  // [P] or null
-  F* f;                      // [P, C] or null
-  T* background;             // [R, C] or null
-
-  SampleGradients<T> from(int64_t k) const {
-    return {t_starts ? t_starts + k : nullptr, t_ends ? t_ends + k : nullptr, w ? w + k : nullptr};
-  }
+  SampleGradients<T> samples;
+  F* f;           // [P, C] or null
+  T* background;  // [R, C] or null
 };
 
 // Rays first..last.
@@ -275,8 +272,9 @@ void gradients(int64_t first, int64_t last, const Options& options,
     const A* const light_from = in.behind(options, r, behind.data());
     if (light_from) through_depth.common -= dot(d_features_r, light_from, C);
     const auto way_back = is_long<A>(ray.n) ? back_to_samples<true, T> : back_to_samples<false, T>;
-    way_back(options, ray.n, in.offsets[last] - begin, through_depth, d_depth ? d_depth[r] : A(0),
-             rows.kept.data(), in.f ? rows.products.data() : nullptr, d.from(begin));
+    way_back(options, RaySamples::of(in.offsets, r, last), through_depth,
+             d_depth ? d_depth[r] : A(0), rows.kept.data(), in.f ? rows.products.data() : nullptr,
+             d.samples);
   }
 }
 
@@ -335,9 +333,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     using A = accumulator<T>;
     const Inputs<T, F> in{data<T>(t_starts), data<T>(t_ends), data<T>(w),
                           rays.offsets,      data<F>(f),      data<T>(background)};
-    const Gradients<T, F> d{mutable_data<T>(d_t_starts), mutable_data<T>(d_t_ends),
-                            mutable_data<T>(d_w), mutable_data<F>(d_f),
-                            mutable_data<T>(d_background)};
+    const SampleGradients<T> d_samples{mutable_data<T>(d_t_starts), mutable_data<T>(d_t_ends),
+                                       mutable_data<T>(d_w)};
+    const Gradients<T, F> d{d_samples, mutable_data<F>(d_f), mutable_data<T>(d_background)};
     const A *d_features_ptr = data<A>(d_features), *d_depth_ptr = data<A>(d_depth);
     const A* d_accumulation_ptr = data<A>(d_accumulation);
     rays.for_each_piece([=](int64_t first, int64_t last) {

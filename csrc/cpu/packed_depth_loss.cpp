@@ -56,13 +56,13 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, double sigma, double 
   for (int64_t r = first; r < last; ++r) {
     const A D = widen(depth[r]), g = d_loss[r];
     const bool valid = is_valid(D);
-    const int64_t end = offsets[r + 1];
-    for (int64_t k = offsets[r]; k < end; k += kLanes<A>) {
-      if (valid) here.load_at(w + k, s + k, lengths ? lengths + k : nullptr, D, end - k);
-      if (d_w) store_at(d_w, k, end, offsets[last], valid ? g * here.d_w() : vec<A>{});
-      if (d_s) store_at(d_s, k, end, offsets[last], valid ? g * here.d_s() : vec<A>{});
-      if (d_lengths)
-        store_at(d_lengths, k, end, offsets[last], valid ? g * here.d_lengths() : vec<A>{});
+    const RaySamples ray = RaySamples::of(offsets, r, last);
+    for (int64_t k = 0; k < ray.n; k += kLanes<A>) {
+      const int64_t i = ray.begin + k;
+      if (valid) here.load_at(w + i, s + i, lengths ? lengths + i : nullptr, D, ray.n - k);
+      if (d_w) ray.store(d_w, k, valid ? g * here.d_w() : vec<A>{});
+      if (d_s) ray.store(d_s, k, valid ? g * here.d_s() : vec<A>{});
+      if (d_lengths) ray.store(d_lengths, k, valid ? g * here.d_lengths() : vec<A>{});
     }
     if (d_depth_pred) {
       d_depth_pred[r] = narrow<T>(valid ? 2 * g * (widen(depth_pred[r]) - D) : A(0));

@@ -17,17 +17,17 @@ template <class T, bool long_rays>
 struct LeftPass {
   using A = accumulator<T>;
 
-  const T *t_starts, *t_ends, *w;
-  int64_t n;
+  const RaySamples& ray;
+  const T *t_starts, *t_ends, *w;  // [P]
   LeftScan<A, long_rays> weight = {}, spread = {};
   vec<A> start = {}, end = {};
   vec<A> w0 = {}, left = {}, gap = {}, width = {}, spread_left = {};
 
   void step(int64_t k) {
-    w0 = load_at(w, k, n);
+    w0 = ray.load(w, k);
     // before the first sample any finite gap will do: no weight lies there
     const vec<A> start_before = start, end_before = end;
-    start = load_at(t_starts, k, n), end = load_at(t_ends, k, n);
+    start = ray.load(t_starts, k), end = ray.load(t_ends, k);
     gap = (start - delayed<false>(start_before, start)) + (end - delayed<false>(end_before, end));
     width = end - start;
     left = weight.add(w0).before;
@@ -36,11 +36,11 @@ struct LeftPass {
 };
 
 template <bool long_rays, class T>
-accumulator<T> loss_of(int64_t n, const T* t_starts, const T* t_ends, const T* w) {
+accumulator<T> loss_of(const RaySamples& ray, const T* t_starts, const T* t_ends, const T* w) {
   using A = accumulator<T>;
-  LeftPass<T, long_rays> pass{t_starts, t_ends, w, n};
+  LeftPass<T, long_rays> pass{ray, t_starts, t_ends, w};
   LevelledSum<A, long_rays> total;
-  for (int64_t k = 0; k < n; k += kLanes<A>) {
+  for (int64_t k = 0; k < ray.n; k += kLanes<A>) {
     pass.step(k);
     total.add(pass.w0 * (pass.spread_left + A(1) / 3 * (pass.w0 * pass.width)));
   }
@@ -52,12 +52,13 @@ accumulator<T> loss_of(int64_t n, const T* t_starts, const T* t_ends, const T* w
 constexpr int kFew = 6;
 
 template <class T>
-accumulator<T> loss_of_few(int64_t n, const T* t_starts, const T* t_ends, const T* w) {
+accumulator<T> loss_of_few(const RaySamples& ray, const T* t_starts, const T* t_ends, const T* w) {
   using A = accumulator<T>;
   A left = 0, spread = 0, loss = 0;
-  for (int64_t k = 0; k < n; ++k) {
+  for (int64_t k = ray.begin; k < ray.begin + ray.n; ++k) {
     const A start = widen(t_starts[k]), end = widen(t_ends[k]), w0 = widen(w[k]);
-    if (k > 0) spread += ((start - widen(t_starts[k - 1])) + (end - widen(t_ends[k - 1]))) * left;
+    if (k > ray.begin)
+      spread += ((start - widen(t_starts[k - 1])) + (end - widen(t_ends[k - 1]))) * left;
     loss += w0 * (spread + A(1) / 3 * (w0 * (end - start)));
     left += w0;
   }
@@ -74,13 +75,13 @@ RAYFUSE_KERNEL void losses(int64_t first, int64_t last,
                            accumulator<T>* loss) {  // [R]
   using A = accumulator<T>;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t k = offsets[r], n = offsets[r + 1] - k;
-    if (n <= kFew) {
-      loss[r] = loss_of_few(n, t_starts + k, t_ends + k, w + k);
-    } else if (is_long<A>(n)) {
-      loss[r] = loss_of<true>(n, t_starts + k, t_ends + k, w + k);
+    const RaySamples ray = RaySamples::of(offsets, r, last);
+    if (ray.n <= kFew) {
+      loss[r] = loss_of_few(ray, t_starts, t_ends, w);
+    } else if (is_long<A>(ray.n)) {
+      loss[r] = loss_of<true>(ray, t_starts, t_ends, w);
     } else {
-      loss[r] = loss_of<false>(n, t_starts + k, t_ends + k, w + k);
+      loss[r] = loss_of<false>(ray, t_starts, t_ends, w);
     }
   }
 }
@@ -91,21 +92,20 @@ struct Kept {
   vec<A> w, gap, left, d_w;
 };
 
-// The gradients of a ray, null where they are not wanted.
+// The gradients, null where they are not wanted.
 template <class T>
 struct Gradients {
-  T *d_t_starts, *d_t_ends, *d_w;
+  T *d_t_starts, *d_t_ends, *d_w;  // [P]
 };
 
 template <bool long_rays, class T>
-void gradients_of(int64_t n, int64_t room, accumulator<T> d_loss, const T* t_starts,
-                  const T* t_ends, const T* w, const Gradients<T>& out,
-                  Kept<accumulator<T>>* kept) {
+void gradients_of(const RaySamples& ray, accumulator<T> d_loss, const T* t_starts, const T* t_ends,
+                  const T* w, const Gradients<T>& out, Kept<accumulator<T>>* kept) {
   using A = accumulator<T>;
   constexpr int N = kLanes<A>;
-  LeftPass<T, long_rays> pass{t_starts, t_ends, w, n};
+  LeftPass<T, long_rays> pass{ray, t_starts, t_ends, w};
   int64_t k = 0;
-  for (auto* here = kept; k < n; k += N, ++here) {
+  for (auto* here = kept; k < ray.n; k += N, ++here) {
     pass.step(k);
     here->w = pass.w0;
     here->gap = pass.gap;
@@ -117,36 +117,38 @@ void gradients_of(int64_t n, int64_t room, accumulator<T> d_loss, const T* t_sta
     const Kept<A>& here = kept[k / N];
     const auto [right, right_or_here] = weight.add(here.w);
     const vec<A> balance = here.left - right, third = A(1) / 3 * here.w;
-    if (out.d_t_starts) store_at(out.d_t_starts, k, n, room, d_loss * (here.w * (balance - third)));
-    if (out.d_t_ends) store_at(out.d_t_ends, k, n, room, d_loss * (here.w * (balance + third)));
+    if (out.d_t_starts) ray.store(out.d_t_starts, k, d_loss * (here.w * (balance - third)));
+    if (out.d_t_ends) ray.store(out.d_t_ends, k, d_loss * (here.w * (balance + third)));
     if (out.d_w) {
       const vec<A> spread_right = spread.add(here.gap * right_or_here).before;
-      store_at(out.d_w, k, n, room, d_loss * (here.d_w + spread_right));
+      ray.store(out.d_w, k, d_loss * (here.d_w + spread_right));
     }
   }
 }
 
 template <class T>
-void gradients_of_few(int64_t n, accumulator<T> d_loss, const T* t_starts, const T* t_ends,
-                      const T* w, const Gradients<T>& out) {
+void gradients_of_few(const RaySamples& ray, accumulator<T> d_loss, const T* t_starts,
+                      const T* t_ends, const T* w, const Gradients<T>& out) {
   using A = accumulator<T>;
   A gap[kFew], left[kFew], d_w[kFew], weight = 0, spread = 0;
-  for (int64_t k = 0; k < n; ++k) {
+  for (int64_t i = 0; i < ray.n; ++i) {
+    const int64_t k = ray.begin + i;
     const A start = widen(t_starts[k]), end = widen(t_ends[k]), w0 = widen(w[k]);
-    gap[k] = k > 0 ? (start - widen(t_starts[k - 1])) + (end - widen(t_ends[k - 1])) : A(0);
-    left[k] = weight;
-    spread += gap[k] * weight;
-    d_w[k] = spread + A(2) / 3 * (w0 * (end - start));
+    gap[i] = i > 0 ? (start - widen(t_starts[k - 1])) + (end - widen(t_ends[k - 1])) : A(0);
+    left[i] = weight;
+    spread += gap[i] * weight;
+    d_w[i] = spread + A(2) / 3 * (w0 * (end - start));
     weight += w0;
   }
   A right = 0, spread_right = 0;
-  for (int64_t k = n - 1; k >= 0; --k) {
-    const A w0 = widen(w[k]), balance = left[k] - right, third = A(1) / 3 * w0;
+  for (int64_t i = ray.n - 1; i >= 0; --i) {
+    const int64_t k = ray.begin + i;
+    const A w0 = widen(w[k]), balance = left[i] - right, third = A(1) / 3 * w0;
     if (out.d_t_starts) out.d_t_starts[k] = narrow<T>(d_loss * (w0 * (balance - third)));
     if (out.d_t_ends) out.d_t_ends[k] = narrow<T>(d_loss * (w0 * (balance + third)));
-    if (out.d_w) out.d_w[k] = narrow<T>(d_loss * (d_w[k] + spread_right));
+    if (out.d_w) out.d_w[k] = narrow<T>(d_loss * (d_w[i] + spread_right));
     right += w0;
-    spread_right += gap[k] * right;
+    spread_right += gap[i] * right;
   }
 }
 
@@ -158,27 +160,21 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last,
                               const T* t_ends,               // [P]
                               const T* w,                    // [P]
                               const int64_t* offsets,        // [R+1]
-                              T* d_t_starts,                 // [P] or null
-                              T* d_t_ends,                   // [P] or null
-                              T* d_w) {                      // [P] or null
+                              const Gradients<T>& out) {
   using A = accumulator<T>;
   std::vector<Kept<A>> kept;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t k = offsets[r], n = offsets[r + 1] - k;
-    const Gradients<T> out{d_t_starts ? d_t_starts + k : nullptr, d_t_ends ? d_t_ends + k : nullptr,
-                           d_w ? d_w + k : nullptr};
-    if (n <= kFew) {
-      gradients_of_few(n, d_loss[r], t_starts + k, t_ends + k, w + k, out);
+    const RaySamples ray = RaySamples::of(offsets, r, last);
+    if (ray.n <= kFew) {
+      gradients_of_few(ray, d_loss[r], t_starts, t_ends, w, out);
       continue;
     }
-    const int64_t blocks = (n + kLanes<A> - 1) / kLanes<A>;
+    const int64_t blocks = ray.registers<A>();
     if (blocks > static_cast<int64_t>(kept.size())) kept.resize(blocks);
-    if (is_long<A>(n)) {
-      gradients_of<true>(n, offsets[last] - k, d_loss[r], t_starts + k, t_ends + k, w + k, out,
-                         kept.data());
+    if (is_long<A>(ray.n)) {
+      gradients_of<true>(ray, d_loss[r], t_starts, t_ends, w, out, kept.data());
     } else {
-      gradients_of<false>(n, offsets[last] - k, d_loss[r], t_starts + k, t_ends + k, w + k, out,
-                          kept.data());
+      gradients_of<false>(ray, d_loss[r], t_starts, t_ends, w, out, kept.data());
     }
   }
 }
@@ -215,11 +211,10 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t_sta
     using T = decltype(type);
     const auto* d_loss_ptr = data<accumulator<T>>(d_loss);
     const T *t_starts_ptr = data<T>(t_starts), *t_ends_ptr = data<T>(t_ends), *w_ptr = data<T>(w);
-    T *d_t_starts_ptr = mutable_data<T>(d_t_starts), *d_t_ends_ptr = mutable_data<T>(d_t_ends),
-      *d_w_ptr = mutable_data<T>(d_w);
+    const Gradients<T> out{mutable_data<T>(d_t_starts), mutable_data<T>(d_t_ends),
+                           mutable_data<T>(d_w)};
     rays.for_each_piece([=](int64_t first, int64_t last) {
-      gradients(first, last, d_loss_ptr, t_starts_ptr, t_ends_ptr, w_ptr, rays.offsets,
-                d_t_starts_ptr, d_t_ends_ptr, d_w_ptr);
+      gradients(first, last, d_loss_ptr, t_starts_ptr, t_ends_ptr, w_ptr, rays.offsets, out);
     });
   });
   return {d_t_starts, d_t_ends, d_w};

@@ -24,15 +24,15 @@ struct LeftPass {
   using A = accumulator<T>;
 
   const Medium<T>& medium;
-  int64_t first, n;
+  const RaySamples& ray;
   LeftScan<A, long_rays> depth = {};
   vec<A> density = {}, width = {}, light = {}, passed = {}, w = {};  // light T_i, passed T_{i+1}
 
   void step(int64_t k) {
-    density = load_at(medium.sigma + first, k, n);
-    width = load_at(medium.t_ends + first, k, n) - load_at(medium.t_starts + first, k, n);
+    density = ray.load(medium.sigma, k);
+    width = ray.load(medium.t_ends, k) - ray.load(medium.t_starts, k);
     vec<A> x = optical_depth<A>(density, width);
-    if (medium.opaque_background) x = with_last(x, k, n, std::numeric_limits<A>::infinity());
+    if (medium.opaque_background) x = with_last(x, k, ray.n, std::numeric_limits<A>::infinity());
     light = Decay<A>(depth.add(x).before).passing;
     const Decay<A> decay(x);
     w = light * decay.stopped;
@@ -49,14 +49,14 @@ RAYFUSE_KERNEL void weights(int64_t first, int64_t last, Medium<T> medium,
                             accumulator<T>* remaining) {  // [R]
   using A = accumulator<T>;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
+    const RaySamples ray = RaySamples::of(offsets, r, last);
     remaining[r] = 1;
-    as_constant(is_long<A>(n), [&](auto long_rays) {
-      LeftPass<T, long_rays> pass{medium, begin, n};
-      for (int64_t k = 0; k < n; k += kLanes<A>) {
+    as_constant(is_long<A>(ray.n), [&](auto long_rays) {
+      LeftPass<T, long_rays> pass{medium, ray};
+      for (int64_t k = 0; k < ray.n; k += kLanes<A>) {
         pass.step(k);
-        store_at(w + begin, k, n, room, pass.w);
-        store_at(light + begin, k, n, room, pass.light);
+        ray.store(w, k, pass.w);
+        ray.store(light, k, pass.light);
         // nothing lies in the lanes behind the last sample
         remaining[r] = pass.passed[kLanes<A> - 1];
       }
@@ -89,11 +89,11 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, OutputGradients<accum
   constexpr int N = kLanes<A>;
   std::vector<Kept<A>> kept;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
-    const int64_t blocks = (n + N - 1) / N;
+    const RaySamples ray = RaySamples::of(offsets, r, last);
+    const int64_t blocks = ray.registers<A>();
     if (blocks > static_cast<int64_t>(kept.size())) kept.resize(blocks);
-    as_constant(is_long<A>(n), [&](auto long_rays) {
-      LeftPass<T, long_rays> pass{medium, begin, n};
+    as_constant(is_long<A>(ray.n), [&](auto long_rays) {
+      LeftPass<T, long_rays> pass{medium, ray};
       for (int64_t i = 0; i < blocks; ++i) {
         pass.step(i * N);
         kept[i] = {pass.density, pass.width, pass.passed, pass.w};
@@ -102,15 +102,15 @@ RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, OutputGradients<accum
       for (int64_t i = blocks - 1; i >= 0; --i) {
         const int64_t k = i * N;
         const auto& [density, width, passed, w] = kept[i];
-        const vec<A> d_w = d_out.w ? load_at(d_out.w + begin, k, n) : vec<A>{};
-        vec<A> d_passed = d_out.light ? load_at(d_out.light + begin, k + 1, n) : vec<A>{};
-        if (d_out.remaining) d_passed = with_last(d_passed, k, n, d_out.remaining[r]);
+        const vec<A> d_w = d_out.w ? ray.load(d_out.w, k) : vec<A>{};
+        vec<A> d_passed = d_out.light ? ray.load(d_out.light, k + 1) : vec<A>{};
+        if (d_out.remaining) d_passed = with_last(d_passed, k, ray.n, d_out.remaining[r]);
         const vec<A> d_x =
             (d_w - d_passed) * passed - behind.add(d_w * w + d_passed * passed).before;
-        if (d_in.sigma) store_at(d_in.sigma + begin, k, n, room, d_x * width);
+        if (d_in.sigma) ray.store(d_in.sigma, k, d_x * width);
         const vec<A> d_width = d_width_of<A>(density, d_x);
-        if (d_in.t_starts) store_at(d_in.t_starts + begin, k, n, room, -d_width);
-        if (d_in.t_ends) store_at(d_in.t_ends + begin, k, n, room, d_width);
+        if (d_in.t_starts) ray.store(d_in.t_starts, k, -d_width);
+        if (d_in.t_ends) ray.store(d_in.t_ends, k, d_width);
       }
     });
   }

@@ -19,12 +19,12 @@ RAYFUSE_KERNEL void sums(int64_t first, int64_t last, bool exclusive,
                          U* y) {                  // [P]
   using A = accumulator<T>;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
-    as_constant(is_long<A>(n), [&](auto long_rays) {
+    const RaySamples ray = RaySamples::of(offsets, r, last);
+    as_constant(is_long<A>(ray.n), [&](auto long_rays) {
       Scan<A, long_rays, from_right> sum;
-      for_each_register<A, from_right>(n, [&](int64_t k) {
-        const auto [before, including] = sum.add(load_at(x + begin, k, n));
-        store_at(y + begin, k, n, room, exclusive ? before : including);
+      for_each_register<A, from_right>(ray.n, [&](int64_t k) {
+        const auto [before, including] = sum.add(ray.load(x, k));
+        ray.store(y, k, exclusive ? before : including);
       });
     });
   }
@@ -38,11 +38,11 @@ RAYFUSE_KERNEL void products(int64_t first, int64_t last, bool exclusive,
                              accumulator<T>* y) {     // [P]
   using A = accumulator<T>;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
+    const RaySamples ray = RaySamples::of(offsets, r, last);
     Product<A, from_right> product;
-    for_each_register<A, from_right>(n, [&](int64_t k) {
-      const auto [before, including] = product.add(with_ones<A>(load_at(x + begin, k, n), k, n));
-      store_at(y + begin, k, n, room, exclusive ? before : including);
+    for_each_register<A, from_right>(ray.n, [&](int64_t k) {
+      const auto [before, including] = product.add(with_ones<A>(ray.load(x, k), k, ray.n));
+      ray.store(y, k, exclusive ? before : including);
     });
   }
 }
@@ -58,18 +58,18 @@ RAYFUSE_KERNEL void product_gradients(int64_t first, int64_t last, bool exclusiv
   constexpr int N = kLanes<A>;
   std::vector<vec<A>> before;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t begin = offsets[r], n = offsets[r + 1] - begin, room = offsets[last] - begin;
-    const int64_t blocks = (n + N - 1) / N;
+    const RaySamples ray = RaySamples::of(offsets, r, last);
+    const int64_t blocks = ray.registers<A>();
     if (blocks > static_cast<int64_t>(before.size())) before.resize(blocks);
     Product<A, from_right> product;
-    for_each_register<A, from_right>(n, [&](int64_t k) {
-      before[k / N] = product.add(with_ones<A>(load_at(x + begin, k, n), k, n)).before;
+    for_each_register<A, from_right>(ray.n, [&](int64_t k) {
+      before[k / N] = product.add(with_ones<A>(ray.load(x, k), k, ray.n)).before;
     });
     Chain<A, !from_right> chain(0);
-    for_each_register<A, !from_right>(n, [&](int64_t k) {
-      const vec<A> d_y_here = load_at(d_y + begin, k, n), x_here = load_at(x + begin, k, n);
+    for_each_register<A, !from_right>(ray.n, [&](int64_t k) {
+      const vec<A> d_y_here = ray.load(d_y, k), x_here = ray.load(x, k);
       const vec<A> later = chain.add(x_here, exclusive ? d_y_here : x_here * d_y_here).before;
-      store_at(d_x + begin, k, n, room, before[k / N] * (exclusive ? later : d_y_here + later));
+      ray.store(d_x, k, before[k / N] * (exclusive ? later : d_y_here + later));
     });
   }
 }
