@@ -115,6 +115,19 @@ def test_gradgradcheck_and_gradcheck():
     assert torch.autograd.gradgradcheck(call, wanted)
 
 
+def test_gradient_with_a_graph_counts_an_input_computed_from_another_one_once():
+    """A fault that there was: the way through the second input counted twice."""
+    t, w, f, background = leaves()
+    for _ in range(2):
+        total = sum(y.square().sum() for y in toy(t, w, f=f, background=background))
+        plain, graph = (
+            torch.autograd.grad(total, w, retain_graph=True, create_graph=again)[0]
+            for again in (False, True)
+        )
+        torch.testing.assert_close(graph, plain)
+        f = f * w[..., None]
+
+
 def test_absent_tensors_are_none_all_the_way():
     t, w, *_ = leaves()
     features, depth, _ = toy(t, w)

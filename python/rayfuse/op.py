@@ -497,6 +497,8 @@ class Op:
         self, d_outputs: Sequence[Tensor | None], raw: Sequence[Any], wanted: Sequence[int]
     ) -> list[Tensor | None]:
         """The gradients as a graph, for a second derivative, by the reference."""
+        # aliases: where an input was computed from another one, its own share alone is ours
+        raw = [x.view_as(x) if i in wanted else x for i, x in enumerate(raw)]
         inputs = [raw[i] for i in wanted]
         grads = _gradients(self._reference(*raw), inputs, d_outputs, create_graph=True)
         found = dict(zip(wanted, grads, strict=True))
