@@ -24,6 +24,7 @@ OF_LOSSES = (
     "test_micro_batches_with_a_denominator_add_up_to_the_batch",
     "test_no_rays_give_exactly_zero_with_a_graph",
     "test_reduction_and_denominator_are_checked",
+    "test_losses_and_gradients_at_once_are_both",
 )
 OF_NARROW = ("test_narrow_inputs_beside_float32_are_read_as_they_are",)
 OF_KEPT = ("test_what_is_kept_is_as_right_as_torch",)
@@ -388,6 +389,45 @@ class Contract:
         assert loss.item() == 0
         assert all(args[i].grad.shape == args[i].shape for i in self.differentiable())
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+    def test_losses_and_gradients_at_once_are_both(self, forced_backend, device, dtype, thorough):
+        """Sums over the rays, as `field_objective` asks for; one by one where there is no such
+        kernel."""
+        numbers = [0.75 - 0.5 * j for j in range(len(self.spec.outputs))]
+        places = range(len(self.spec.differentiable))
+        chosen, every = self.spec.kernels.choose(device), (1 << len(places)) - 1
+        whole = thorough or forced_backend not in ("ref", *EMULATED)
+        for v, variant in enumerate(self.variants):
+            for i in range(len(self.sizes)) if whole else self.turn(v, dtype):
+                what = f"at {self.sizes[i]}, {variant}"
+                leading = LEADING[i % len(LEADING)]
+                args = self.inputs(leading, dtype, device, seed=i, **self.sizes[i])
+                raw = self.spec.raw_arguments(args, **variant)
+                sums, grads = chosen.run_fwd_bwd(numbers, raw, every)
+                out = as_tuple(chosen.run_fwd(raw))
+                losses, kept = out[: len(numbers)], out[len(numbers) :]
+                want = [x.double().sum().to(x.dtype) for x in losses]
+                d_losses = map(torch.full_like, losses, numbers)
+                want_grads = as_tuple(chosen.run_bwd((*d_losses, *kept, *raw), every))
+                for x, y in zip((*sums, *grads), (*want, *want_grads), strict=True):
+                    self.assert_alike(x, y, what)
+                for bit in places:
+                    alone = chosen.run_fwd_bwd(numbers, raw, 1 << bit)
+                    assert are_same(alone[1][bit], grads[bit]), what
+                    assert all(map(are_same, alone[0], sums)), what
+                    assert all(x.numel() == 0 for j, x in enumerate(alone[1]) if j != bit)
+
+    def assert_alike(self, ours, right, what):
+        """Within some roundings of the largest value."""
+        assert ours.shape == right.shape and ours.dtype == right.dtype, what
+        eps = 16 * torch.finfo(torch.promote_types(right.dtype, torch.float32)).eps
+        size = right.double().where(right.isfinite(), 0).abs()
+        allowed = eps * size.flatten().max() if size.numel() else 0
+        error = (ours.double() - right.double()).abs()
+        rounded = error <= allowed + torch.finfo(right.dtype).eps * size
+        # what half precision cannot hold is infinite in both
+        assert bool((rounded | (ours == right)).all()), what
+
     # ---- memory
 
     def test_layouts_do_not_change_the_result(self, forced_backend, device):
@@ -450,6 +490,17 @@ class Contract:
         assert all(map(torch.equal, args, before))
         for i, grad in zip(self.differentiable(), first, strict=True):
             assert torch.equal(args[i].grad, 2 * grad)
+
+    def test_gradients_have_memory_of_their_own(self, forced_backend, device):
+        """Who gets them may add to them in place."""
+        args = self.inputs(device=device)
+        raw = self.spec.raw_arguments(args, **self.variants[0])
+        given = (*self.d_outputs(args, self.variants[0]), *self.kept(raw), *raw)
+        chosen, places = self.spec.kernels.choose(device), len(self.spec.differentiable)
+        grads = [x for x in as_tuple(chosen.run_bwd(given, (1 << places) - 1)) if x.numel()]
+        others = [x for x in given if torch.is_tensor(x) and x.numel()]
+        assert all(x.is_contiguous() for x in grads)
+        assert len({x.data_ptr() for x in (*grads, *others)}) == len(grads) + len(others)
 
     # ---- repeatability and bad values
 

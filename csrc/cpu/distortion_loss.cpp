@@ -35,6 +35,9 @@ struct LeftPass {
     left = weight.add(w0).first;
     spread_left = spread.add(gap * left).second;
   }
+
+  // Of the loss, what the samples of this block add.
+  vec<A> of_loss() const { return sum_columns(w0 * (spread_left + A(1) / 3 * (w0 * width))); }
 };
 
 // Rays begin..end.
@@ -50,7 +53,7 @@ RAYFUSE_KERNEL void losses(int64_t begin, int64_t end, int64_t S,
     LevelledSum<A, long_rays> total;
     for (int64_t k = 0; k < S; k += kLanes<A>) {
       pass.step(k);
-      total.add(sum_columns(pass.w0 * (pass.spread_left + A(1) / 3 * (pass.w0 * pass.width))));
+      total.add(pass.of_loss());
     }
     store(loss + r, sum_samples<A>(total.total()), count);
   }
@@ -64,11 +67,12 @@ struct Kept {
 };
 
 // Rays begin..end.
-template <bool long_rays, bool with_d_t, class T>
+template <bool long_rays, bool with_loss, bool with_d_t, class T>
 RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S,
                               const accumulator<T>* d_loss,  // [R]
                               const T* t,                    // [R, S+1]
                               const T* w,                    // [R, S]
+                              accumulator<T>* loss,          // [R]
                               T* d_t,                        // [R, S+1]
                               T* d_w) {                      // [R, S] or null
   using A = accumulator<T>;
@@ -79,11 +83,13 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S,
     const int count = std::min<int64_t>(kRays<A>, end - r);
     LeftPass<T, long_rays> pass{{t + r * (S + 1), S + 1, count}, {w + r * S, S, count}, S};
     const Rays<T> d_t_rays{d_t + r * (S + 1), S + 1, count}, d_w_rays{d_w + r * S, S, count};
+    LevelledSum<A, long_rays> total;
     Delay<A> w_before_of{vec<A>{}};
     for (int64_t i = 0; i < blocks; ++i) {
       if (with_d_t) d_t_rays.prefetch_for_store(i * N);
       if (d_w) d_w_rays.prefetch_for_store(i * N);
       pass.step(i * N);
+      if (with_loss) total.add(pass.of_loss());
       pass.w0.store_to(kept[i].w);
       pass.gap.store_to(kept[i].gap);
       (pass.spread_left + A(2) / 3 * (pass.w0 * pass.width)).store_to(kept[i].d_w);
@@ -93,6 +99,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, int64_t S,
         (pass.left - A(2) / 3 * w_before - A(1) / 3 * pass.w0).store_to(kept[i].pull);
       }
     }
+    if (with_loss) store(loss + r, sum_samples<A>(total.total()), count);
     for (int i = 0; with_d_t && i < count; ++i) {
       const A w_last = S ? widen(w[(r + i) * S + S - 1]) : A(0);
       const A pull = pass.weight.total(i) - A(2) / 3 * w_last;
@@ -142,8 +149,9 @@ Tensor fwd(const Tensor& t, const Tensor& w) {
   return loss;
 }
 
-std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t, const Tensor& w,
-                               int64_t needs) {
+// The gradients, and losses where there is a tensor for them.
+std::tuple<Tensor, Tensor> gradients(const Tensor& d_loss, const Tensor& t, const Tensor& w,
+                                     const std::optional<Tensor>& loss, int64_t needs) {
   const int64_t S = w.size(-1);
   Tensor d_t = empty_gradient(t, needs, 0), d_w = empty_gradient(w, needs, 1);
   dispatch(t, [&](auto type) {
@@ -151,11 +159,15 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t, const Tens
     using A = accumulator<T>;
     const auto* d_loss_ptr = data<A>(d_loss);
     const T *t_ptr = data<T>(t), *w_ptr = data<T>(w);
+    A* loss_ptr = loss ? mutable_data<A>(*loss) : nullptr;
     T *d_t_ptr = mutable_data<T>(d_t), *d_w_ptr = mutable_data<T>(d_w);
     for_rays<A>(d_loss.numel(), S, [=](int64_t begin, int64_t end) {
       as_constant(is_long<A>(S), [=](auto long_rays) {
-        as_constant(d_t_ptr != nullptr, [=](auto with_d_t) {
-          gradients<long_rays, with_d_t>(begin, end, S, d_loss_ptr, t_ptr, w_ptr, d_t_ptr, d_w_ptr);
+        as_constant(loss_ptr != nullptr, [=](auto with_loss) {
+          as_constant(d_t_ptr != nullptr, [=](auto with_d_t) {
+            gradients<long_rays, with_loss, with_d_t>(begin, end, S, d_loss_ptr, t_ptr, w_ptr,
+                                                      loss_ptr, d_t_ptr, d_w_ptr);
+          });
         });
       });
     });
@@ -163,11 +175,25 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t, const Tens
   return {d_t, d_w};
 }
 
+std::tuple<Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& t, const Tensor& w,
+                               int64_t needs) {
+  return gradients(d_loss, t, w, std::nullopt, needs);
+}
+
+std::tuple<Tensor, Tensor, Tensor> fwd_bwd(double d_loss, const Tensor& t, const Tensor& w,
+                                           int64_t needs) {
+  const auto rays = leading_sizes(w, 1);
+  Tensor loss = empty(t, rays, accumulator_dtype(t));
+  const auto [d_t, d_w] = gradients(full(t, rays, d_loss), t, w, loss, needs);
+  return {sum_of_rays(loss), d_t, d_w};
+}
+
 }  // namespace
 
 RAYFUSE_REGISTER(m) {
   m.impl("distortion_loss", TORCH_BOX(&fwd));
   m.impl("distortion_loss_bwd", TORCH_BOX(&bwd));
+  m.impl("distortion_loss_fwd_bwd", TORCH_BOX(&fwd_bwd));
 }
 
 }  // namespace rayfuse

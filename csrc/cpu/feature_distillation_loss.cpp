@@ -16,11 +16,17 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& error
   return gradients(rays_of(w), d_loss, error, product, w, f, target, needs);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> fwd_bwd(double d_loss, const Tensor& w, const Tensor& f,
+                                                   const Tensor& target, int64_t needs) {
+  return losses_and_gradients(rays_of(w), leading_sizes(w, 1), d_loss, w, f, target, needs);
+}
+
 }  // namespace
 
 RAYFUSE_REGISTER(m) {
   m.impl("feature_distillation_loss", TORCH_BOX(&fwd));
   m.impl("feature_distillation_loss_bwd", TORCH_BOX(&bwd));
+  m.impl("feature_distillation_loss_fwd_bwd", TORCH_BOX(&fwd_bwd));
 }
 
 }  // namespace rayfuse

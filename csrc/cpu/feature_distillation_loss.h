@@ -9,6 +9,22 @@
 namespace rayfuse {
 namespace {
 
+// Adds up the features of a ray, and gives its loss and, in e, the error.
+template <class T>
+accumulator<T> loss_of(RayFeatures<T>& ray, int64_t r, int64_t C, const T* f,
+                       const RowReader<accumulator<T>>& target, accumulator<T>* e) {
+  using A = accumulator<T>;
+  ray.add_up(f);
+  target(r * C, C, e);
+  Block<A> total = {};
+  for_registers<A>(C, [&](int64_t c, auto n) {
+    const vec<A> e_c = load(ray.sum + c, n) - load(e + c, n);
+    store(e + c, e_c, n);
+    total.column[0] += e_c * e_c;
+  });
+  return sum_samples<A>(sum_columns(transpose(total)))[0] / static_cast<A>(C);
+}
+
 // Rays first..last.
 template <class T, class Rays>
 RAYFUSE_KERNEL void losses(int64_t first, int64_t last, const Rays& rays, int64_t C,
@@ -24,22 +40,46 @@ RAYFUSE_KERNEL void losses(int64_t first, int64_t last, const Rays& rays, int64_
   for (int64_t r = first; r < last; ++r) {
     const int64_t k = rays.begin(r), S = rays.begin(r + 1) - k;
     ray.go_to(k, S, w);
-    target(r * C, C, e);
-    ray.add_up(f + k * C);
-    Block<A> total = {};
-    for_registers<A>(C, [&](int64_t c, auto n) {
-      const vec<A> e_c = load(ray.sum + c, n) - load(e + c, n);
-      store(e + c, e_c, n);
-      total.column[0] += e_c * e_c;
-    });
-    loss[r] = sum_samples<A>(sum_columns(transpose(total)))[0] / static_cast<A>(C);
+    loss[r] = loss_of<T>(ray, r, C, f + k * C, target, e);
     ray.template spread<true, false, true>(e, f + k * C, nullptr);
     write_row<A>(error, r * C, C, e);
     write_row<A>(product, k, S, ray.d_w);
   }
 }
 
-// Likewise.
+// Likewise, with the gradients of d_loss times each loss: what is written takes the time in which
+// nothing could be read.
+template <class T, class Rays>
+RAYFUSE_KERNEL void losses_and_gradients(int64_t first, int64_t last, const Rays& rays, int64_t C,
+                                         bool past_cache, accumulator<T> d_loss,
+                                         RowReader<accumulator<T>> w,           // [P]
+                                         const T* f,                            // [P, C]
+                                         RowReader<accumulator<T>> target,      // [R, C]
+                                         accumulator<T>* loss,                  // [R]
+                                         RowWriter<accumulator<T>> d_w,         // [P]
+                                         T* d_f,                                // [P, C] or null
+                                         RowWriter<accumulator<T>> d_target) {  // [R, C]
+  using A = accumulator<T>;
+  RayFeatures<T> ray(C, f + rays.begin(rays.R) * C, d_f + rays.begin(last) * C, past_cache);
+  Padded<A> g(C), d_target_r(C);
+  const A scale = 2 * d_loss / static_cast<A>(C);
+  for (int64_t r = first; r < last; ++r) {
+    const int64_t k = rays.begin(r), S = rays.begin(r + 1) - k;
+    ray.go_to(k, S, w);
+    loss[r] = loss_of<T>(ray, r, C, f + k * C, target, g);
+    for_registers<A>(C, [&](int64_t c, auto n) {
+      const vec<A> g_c = scale * load(g + c, n);
+      store(g + c, g_c, n);
+      store(d_target_r + c, -g_c, n);
+    });
+    d_f ? ray.template spread<true, true, true>(g, f + k * C, d_f + k * C)
+        : ray.template spread<true, false, true>(g, f + k * C, nullptr);
+    d_w(k, S, ray.d_w);
+    d_target(r * C, C, d_target_r);
+  }
+}
+
+// Rays first..last.
 template <class T, class Rays>
 RAYFUSE_KERNEL void gradients(int64_t first, int64_t last, const Rays& rays, int64_t C,
                               bool past_cache,
@@ -99,6 +139,31 @@ std::tuple<Tensor, Tensor, Tensor> losses(const Rays& rays, const std::vector<in
     });
   });
   return {loss, error, product};
+}
+
+// The sum of the losses, d_w, d_f and d_target.
+template <class Rays>
+std::tuple<Tensor, Tensor, Tensor, Tensor> losses_and_gradients(
+    const Rays& rays, const std::vector<int64_t>& sizes, double d_loss, const Tensor& w,
+    const Tensor& f, const Tensor& target, int64_t needs) {
+  const int64_t C = f.size(-1);
+  Tensor loss = empty(w, sizes, accumulator_dtype(w)), d_w = empty_gradient(w, needs, 0),
+         d_f = large_gradient(f, needs, 1), d_target = empty_gradient(target, needs, 2);
+  dispatch(f, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulator<T>;
+    const auto w_rows = rows<A>(w), target_rows = rows<A>(target);
+    const T* f_ptr = data<T>(f);
+    A* loss_ptr = mutable_data<A>(loss);
+    const auto d_w_rows = mutable_rows<A>(d_w), d_target_rows = mutable_rows<A>(d_target);
+    T* d_f_ptr = mutable_data<T>(d_f);
+    const bool past_cache = is_large(d_f);
+    rays.for_each_piece(C, [=](int64_t first, int64_t last) {
+      losses_and_gradients(first, last, rays, C, past_cache, static_cast<A>(d_loss), w_rows, f_ptr,
+                           target_rows, loss_ptr, d_w_rows, d_f_ptr, d_target_rows);
+    });
+  });
+  return {sum_of_rays(loss), d_w, d_f, d_target};
 }
 
 template <class Rays>

@@ -8,24 +8,24 @@
 namespace rayfuse {
 namespace {
 
-// The loss of a ray of n samples, and its gradients to their weights and bounds; the latter are 0
-// in a last register where there is no sample.
-template <class T>
-accumulator<T> loss_and_slopes(const RaySamples& ray, accumulator<T> eps,
+// The loss of a ray of n samples, and the gradients of d_loss times that to their weights and
+// bounds; the latter are 0 in a last register where there is no sample.
+template <class T, class G>
+accumulator<T> loss_and_slopes(const RaySamples& ray, accumulator<T> eps, accumulator<T> d_loss,
                                const T* w,                     // [P]
                                const accumulator<T>* w_outer,  // [n]
-                               accumulator<T>* slope,          // [P]
+                               G* slope,                       // [P] or null
                                accumulator<T>* slope_outer) {  // [n + kLanes]
   using A = accumulator<T>;
   const int64_t n = ray.n;
   using Sums = doubles<kLanes<A>>;
-  const A mean = A(1) / std::max<int64_t>(n, 1);
+  const A mean = d_loss / std::max<int64_t>(n, 1);
   Sums sums = {};
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     const vec<A> w_here = ray.load(w, i);
     const Uncovered<A> here(w_here, load_at(w_outer, i, n), w_here, eps);
     sums += __builtin_convertvector(here.r * here.u, Sums);
-    ray.store(slope, i, mean * (here.u * (2 - here.u)));
+    if (slope) ray.store(slope, i, mean * (here.u * (2 - here.u)));
     store(slope_outer + i, -2 * mean * here.u);
   }
   double total = 0;

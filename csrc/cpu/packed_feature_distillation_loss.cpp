@@ -20,11 +20,19 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& d_loss, const Tensor& error
   return gradients(rays_of(offsets, w), d_loss, error, product, w, f, target, needs);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> fwd_bwd(double d_loss, const Tensor& w, const Tensor& f,
+                                                   const Tensor& target, const Tensor& offsets,
+                                                   int64_t needs) {
+  const PackedRays rays = rays_of(offsets, w);
+  return losses_and_gradients(rays, {rays.R}, d_loss, w, f, target, needs);
+}
+
 }  // namespace
 
 RAYFUSE_REGISTER(m) {
   m.impl("packed_feature_distillation_loss", TORCH_BOX(&fwd));
   m.impl("packed_feature_distillation_loss_bwd", TORCH_BOX(&bwd));
+  m.impl("packed_feature_distillation_loss_fwd_bwd", TORCH_BOX(&fwd_bwd));
 }
 
 }  // namespace rayfuse

@@ -159,7 +159,7 @@ RAYFUSE_KERNEL void losses(int64_t first, int64_t last, int64_t outside, accumul
     const size_t padded = ray.n + kLanes<A>;
     if (slope_outer.size() < padded) slope_outer.resize(padded);
     bounds.locate(ray, envelope);
-    loss[r] = loss_and_slopes(RaySamples::of(samples.offsets, r, last), eps, samples.w,
+    loss[r] = loss_and_slopes(RaySamples::of(samples.offsets, r, last), eps, A(1), samples.w,
                               bounds.w_outer(), slope, slope_outer.data());
     bounds.store_gradient(slope_outer.data(), ray.n, slope_env + bins.offsets[r], envelope.n);
   }

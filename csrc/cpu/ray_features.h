@@ -116,22 +116,25 @@ class RayFeatures {
 
   // sum = sum_s w_s f_s
   void add_up(const T* f) {  // [S, C]
-    sum.clear(), lost_.clear();
-    for (int64_t begin = 0; begin < S_; begin += kInLevel) {
+    int64_t begin = 0;
+    do {
       const int64_t end = std::min(begin + kInLevel, S_);
       if (is_packed()) {
         add_packed(begin, end, f);
       } else {
         with_registers([&](auto n) { add<n>(begin, end, f); });
       }
+      const bool first = begin == 0;
       for_registers<A>(C_, [&](int64_t c, auto) {
-        const vec<A> before = load(sum + c), term = load(near_ + c) - load(lost_ + c);
+        const vec<A> before = first ? vec<A>{} : load(sum + c);
+        const vec<A> term = load(near_ + c) - (first ? vec<A>{} : load(lost_ + c));
         const vec<A> after = before + term, off = (after - before) - term;
         // an infinite sum stays one
         store(lost_ + c, off == off ? off : vec<A>{});
         store(sum + c, after);
       });
-    }
+      begin = end;
+    } while (begin < S_);
   }
 
   // d_w_s = sum_c g_c f_sc, d_f_s = w_s g; of an f that is in cache if it was just added up

@@ -23,6 +23,35 @@ void for_rays(int64_t rays, int64_t samples_per_ray, const F& f) {
       [&](int64_t begin, int64_t end) { f(begin * K, std::min(end * K, rays)); });
 }
 
+// A sum x for each of these rays.
+inline Tensor full(const Tensor& like, const std::vector<int64_t>& rays, double x) {
+  const Tensor tensor = empty(like, rays, accumulator_dtype(like));
+  dispatch(like, [&](auto type) {
+    using A = accumulator<decltype(type)>;
+    std::fill_n(mutable_data<A>(tensor), tensor.numel(), static_cast<A>(x));
+  });
+  return tensor;
+}
+
+// The sum over all rays, in one order whatever the number of threads.
+inline Tensor sum_of_rays(const Tensor& x) {
+  const Tensor sum = empty(x, {}, dtype_of(x));
+  dispatch(x, [&](auto type) {
+    using A = accumulator<decltype(type)>;
+    const A* const rays = data<A>(x);
+    double sums[8] = {};
+    const int64_t R = x.numel(), whole = R / 8 * 8;
+    for (int64_t r = 0; r < whole; r += 8) {
+      for (int i = 0; i < 8; ++i) sums[i] += rays[r + i];
+    }
+    for (int64_t r = whole; r < R; ++r) sums[0] += rays[r];
+    double total = 0;
+    for (const double part : sums) total += part;
+    *mutable_data<A>(sum) = static_cast<A>(total);
+  });
+  return sum;
+}
+
 // R rays of S samples each, for kernels that take packed ones as well.
 class DenseRays {
  public:

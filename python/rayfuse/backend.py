@@ -1,9 +1,9 @@
 """Which code runs an op: the backends, why one cannot run, and how to force one.
 
 A backend is found by name alone: the libraries register `torch.ops.rayfuse_<backend>.<op>[_bwd]`
-(one namespace per instruction set on the CPU), the Triton kernels are modules of the op's stem,
-and the reference is the op's own Python function. `simt` is the CUDA kernels run on the host by
-csrc/simt: the tests build and load it.
+(one namespace per instruction set on the CPU), and `<op>_fwd_bwd` where both are faster at once;
+the Triton kernels are modules of the op's stem, and the reference is the op's own Python function.
+`simt` is the CUDA kernels run on the host by csrc/simt: the tests build and load it.
 """
 
 from __future__ import annotations
@@ -204,12 +204,18 @@ def last_backend() -> str | None:
     return _local.last
 
 
+def as_tuple(x: Any) -> tuple[Any, ...]:
+    """The outputs of a kernel, or of an op, if there is one or are several."""
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
 class Chosen(NamedTuple):
     """An op's kernels on one backend; a lookup has no backward."""
 
     name: str
     fwd: Kernel
     bwd: Kernel | None = None
+    fwd_bwd: Kernel | None = None
 
     def run_fwd(self, args: Sequence[Any]) -> Any:
         """Kernels read contiguous memory: here is where that is seen to."""
@@ -221,6 +227,37 @@ class Chosen(NamedTuple):
         assert self.bwd is not None
         _local.last = self.name
         return _with_value_errors(self.bwd, (*args, needs))
+
+    def run_fwd_bwd(
+        self, d_sums: Sequence[float | None], args: Sequence[Any], needs: int
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The sums of the outputs over all rays, and with these gradients of the sums the gradients
+        of the inputs: none where nothing is needed."""
+        count, given = len(d_sums), [d for d in d_sums if d is not None]
+        if self.fwd_bwd and needs and len(given) == count:
+            _local.last = self.name
+            out = _with_value_errors(self.fwd_bwd, (*d_sums, *args, needs))
+            return out[:count], out[count:]
+        everything = as_tuple(self.run_fwd(args))
+        out, kept = everything[:count], everything[count:]
+        sums = [sum_of_rays(y) for y in out]
+        if not (needs and given):
+            return sums, ()
+        d_out = [
+            d if d is None else torch.full_like(y, d) for d, y in zip(d_sums, out, strict=True)
+        ]
+        return sums, as_tuple(self.run_bwd((*d_out, *kept, *args), needs))
+
+
+# torch adds up fewer values than this on one thread, whatever the number of threads
+_SERIAL_SUM = 1 << 14
+
+
+def sum_of_rays(x: Tensor) -> Tensor:
+    """The sum, the same to the bit for any number of threads."""
+    if x.device.type == "cpu" and x.numel() > _SERIAL_SUM:
+        x = torch.stack([part.sum() for part in x.flatten().split(_SERIAL_SUM)])
+    return x.sum()
 
 
 def _with_value_errors(kernel: Kernel, args: Sequence[Any]) -> Any:
@@ -297,6 +334,9 @@ class Kernels:
         key = "CUDA" if name == "cuda" else "CPU"
         if not all(has_kernel(f"{namespace}::{op}", key) for op in directions):
             return ()
+        both = f"{self.op}_fwd_bwd"
+        if len(directions) == 2 and has_kernel(f"{namespace}::{both}", key):
+            directions.append(both)
         return tuple(getattr(getattr(torch.ops, namespace), op).default for op in directions)
 
 

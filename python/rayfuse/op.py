@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import backend, dims
+from .backend import as_tuple, sum_of_rays
 from .domain import Domain, real
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -111,6 +112,16 @@ class Scalar:
         return self.choices[value] if self.choices else value
 
 
+class Passed(set):
+    """What passed a check. A training run has a handful of shapes; one whose shapes never repeat
+    must not fill the memory."""
+
+    def add(self, key: tuple[Any, ...]) -> None:
+        if len(self) == 1024:
+            self.clear()
+        super().add(key)
+
+
 class Op:
     """All that is derived from one spec."""
 
@@ -160,7 +171,7 @@ class Op:
             self._register(namespace)
             for namespace in ("rayfuse", *map(backend.library_namespace, backend.LIBRARIES))
         ]
-        self._passed: set[tuple] = set()
+        self._passed = Passed()
         self.Function, self.Transformable = _autograd_functions(
             self.name, len(self.inputs), len(self.outputs)
         )
@@ -189,18 +200,16 @@ class Op:
             denominator: float | Tensor | None = None,
         ) -> Any:
             if named or len(args) != plain:
-                args = self._positional(args, named)
-            self._check_once(args)
-            if self.scalars:
-                args = self._encoded(args)
-            if torch.compiler.is_compiling() and not _wants_gradient(args):
+                args = self.raw(args, named)
+            else:
+                self._check_once(args)
+            if torch.compiler.is_compiling() and not wants_gradient(args):
                 # torch 2.13 traces a Function without gradients as if it took a ctx
                 return returned(transformable.forward(reduction, denominator, *args))
-            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            if is_transformed():
                 return returned(transformable.apply(reduction, denominator, *args))
             if torch.autograd._profiler_enabled():
-                chosen = self.kernels.choose(args[0].device.type).name
-                with torch.profiler.record_function(f"rayfuse::{self.name} on {chosen}"):
+                with self.recorded(self.kernels.choose(args[0].device.type)):
                     return function_apply(reduction, denominator, *args)
             return function_apply(reduction, denominator, *args)
 
@@ -230,6 +239,10 @@ class Op:
         call.op, call.Function = self, self.Function
         return call
 
+    def recorded(self, chosen: backend.Chosen) -> Any:
+        """What shows a profile that this op runs."""
+        return torch.profiler.record_function(f"rayfuse::{self.name} on {chosen.name}")
+
     def _positional(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """All tensors, then all scalars."""
         # Dynamo of torch 2.11 knows these methods of a set, and no operators on keys
@@ -245,6 +258,12 @@ class Op:
             named, args = bound.kwargs, bound.args
         values = {**self._keywords, **dict(zip(self._required, args, strict=True)), **named}
         return tuple([values[name] for name in self.domain])
+
+    def raw(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        """What the raw forward takes, of the arguments of the public function, checked."""
+        args = self._positional(args, named)
+        self._check_once(args)
+        return self._encoded(args) if self.scalars else args
 
     def _encoded(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """As the raw ops take them."""
@@ -277,8 +296,6 @@ class Op:
             return self.check(args)
         if not passed:
             self.check(args)
-            if len(self._passed) == _PASSED_AT_MOST:
-                self._passed.clear()
             self._passed.add(key)
 
     def check(self, args: Sequence[Any]) -> None:
@@ -363,7 +380,7 @@ class Op:
 
     def _reference_fwd(self, *args: Any) -> Any:
         out = self._reference(*args)
-        return (*_as_tuple(out), *self._referred(self._keep, args)) if self._keep else out
+        return (*as_tuple(out), *self._referred(self._keep, args)) if self._keep else out
 
     def _referred(self, reference: Callable, args: Sequence[Any]) -> Any:
         tensors = [_accumulated(x) for x in args[: len(self.inputs)]]
@@ -382,7 +399,7 @@ class Op:
         # below the dispatcher autograd's keys are excluded, and a reference is differentiated there
         below = torch._C._SetExcludeDispatchKeyGuard
         with below(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-            found = _gradients(self._reference(*wide), [*wanted.values()], d_outputs)
+            found = gradients(self._reference(*wide), [*wanted.values()], d_outputs)
         grads = {i: grad.to(raw[i].dtype) for i, grad in zip(wanted, found, strict=True)}
         out = [
             grads[i] if i in grads else (raw[0] if raw[i] is None else raw[i]).new_empty(0)
@@ -420,6 +437,13 @@ class Op:
                 self.run_bwd,
             ),
         }
+        if namespace != "rayfuse":
+            # sums over all rays, and the gradients of these, times a number each
+            numbers = [f"float {_GRADIENT_PREFIX}{name}" for name in self.outputs]
+            tensors = ", ".join(["Tensor"] * (len(numbers) + len(self.differentiable)))
+            library.define(
+                f"{self.name}_fwd_bwd({', '.join([*numbers, *inputs, 'int needs'])}) -> ({tensors})"
+            )
         for name, (parameters, results, fake, run) in directions.items():
             returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
             library.define(f"{name}({', '.join(parameters)}) -> {returns}")
@@ -457,7 +481,7 @@ class Op:
 
     def _fake_fwd(self, *raw: Any) -> Any:
         leading, sizes = self.bind(raw)
-        dtype = _accumulator(raw[0].dtype)
+        dtype = accumulator(raw[0].dtype)
         outputs = [
             raw[0].new_empty(array.shape(leading, sizes), dtype=dtype)
             for array in (*self.signature.outputs, *self.signature.kept)
@@ -500,9 +524,13 @@ class Op:
         # aliases: where an input was computed from another one, its own share alone is ours
         raw = [x.view_as(x) if i in wanted else x for i, x in enumerate(raw)]
         inputs = [raw[i] for i in wanted]
-        grads = _gradients(self._reference(*raw), inputs, d_outputs, create_graph=True)
+        grads = gradients(self._reference(*raw), inputs, d_outputs, create_graph=True)
         found = dict(zip(wanted, grads, strict=True))
         return [found.get(i) for i in self.differentiable]
+
+    def rays(self, raw: Sequence[Any]) -> int:
+        """Of how many the outputs are, in which they are alike."""
+        return math.prod(self.signature.shape_of_first_output(raw[: len(self.inputs)]))
 
     def needs(self, wanted: Sequence[int]) -> int:
         """The bits that ask the raw backward for the gradients of these inputs."""
@@ -530,9 +558,6 @@ class Op:
 
         return [value(array) for array in self.signature.inputs]
 
-
-# a training run has a handful of shapes; one whose shapes never repeat must not fill the memory
-_PASSED_AT_MOST = 1024
 
 # Functions find their op here by name: a compiler can trace a global, not an object in a closure
 _OPS: dict[str, Op] = {}
@@ -583,7 +608,7 @@ def _autograd_functions(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, reduction: str | None, denominator: Any, *args: Any) -> Any:
-            out = _as_tuple(run(args))
+            out = as_tuple(run(args))
             save(ctx, reduction, denominator, args, out[outputs:], out[0].shape)
             results = reduce(out[:outputs], reduction, denominator)
             return results[0] if outputs == 1 else tuple(results)
@@ -603,7 +628,7 @@ def _autograd_functions(
                 chosen = op.kernels.choose(args[0].device.type, ctx.backend)
                 grads = chosen.run_bwd((*d_outputs, *kept, *args), op.needs(wanted))
             found: list[Tensor | None] = [None] * (2 + len(args))
-            for i, grad in zip(op.differentiable, _as_tuple(grads), strict=True):
+            for i, grad in zip(op.differentiable, as_tuple(grads), strict=True):
                 if i in wanted:
                     found[2 + i] = grad
             return tuple(found)
@@ -611,7 +636,7 @@ def _autograd_functions(
     class Transformable(Function):
         @staticmethod
         def forward(reduction: str | None, denominator: Any, *args: Any) -> Any:  # type: ignore[override]
-            out = _as_tuple(run(args))
+            out = as_tuple(run(args))
             results = (*reduce(out[:outputs], reduction, denominator), *out[outputs:])
             return results[0] if len(results) == 1 else results
 
@@ -620,7 +645,7 @@ def _autograd_functions(
             reduction, denominator, *args = inputs
             op = _OPS[name]
             shape = op.signature.shape_of_first_output(args[:arity])
-            save(ctx, reduction, denominator, args, _as_tuple(output)[outputs:], shape)
+            save(ctx, reduction, denominator, args, as_tuple(output)[outputs:], shape)
 
         @staticmethod
         def vmap(
@@ -637,7 +662,7 @@ def _autograd_functions(
             if reduction not in ("mean", "sum"):
                 out = Transformable.apply(reduction, None, *args)
             else:
-                each = _as_tuple(Transformable.apply("none", None, *args))
+                each = as_tuple(Transformable.apply("none", None, *args))
                 out = (*map(reduce_each, each[:outputs]), *each[outputs:])
                 out = out[0] if len(out) == 1 else out
             return out, torch.utils._pytree.tree_map(lambda _: 0, out)
@@ -646,29 +671,30 @@ def _autograd_functions(
     return Function, Transformable
 
 
-def _wants_gradient(args: Sequence[Any]) -> bool:
+def is_transformed() -> bool:
+    """Whether torch.compile or torch.func look at what is called."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def wants_gradient(args: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(
         [isinstance(x, Tensor) and x.requires_grad for x in args]
     )
 
 
-def _gradients(
+def gradients(
     outputs: Any, wanted: Sequence[Tensor], d_outputs: Sequence[Tensor | None], **options: Any
 ) -> Sequence[Tensor]:
     """torch.autograd.grad, where outputs may have no gradient and inputs no influence."""
     pairs = [
         (y, d_y)
-        for y, d_y in zip(_as_tuple(outputs), d_outputs, strict=True)
+        for y, d_y in zip(as_tuple(outputs), d_outputs, strict=True)
         if d_y is not None and y.requires_grad
     ]
     if not (pairs and wanted):
         return [torch.zeros_like(x) for x in wanted]
     used, d_used = zip(*pairs, strict=True)
     return torch.autograd.grad(used, wanted, d_used, materialize_grads=True, **options)
-
-
-def _as_tuple(x: Any) -> tuple[Any, ...]:
-    return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
 def _batch_first(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, ...]:
@@ -686,20 +712,16 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALVES else dtype
 
 
 def _accumulated(x: Any) -> Any:
-    return x.to(_accumulator(x.dtype)) if isinstance(x, Tensor) else x
+    return x.to(accumulator(x.dtype)) if isinstance(x, Tensor) else x
 
 
 def _shapes(tensors: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
     return [None if x is None else x.shape for x in tensors]
-
-
-# torch adds up fewer values than this on one thread, whatever the number of threads
-_SERIAL_SUM = 1 << 14
 
 
 def check_reduction(function: str, reduction: str, denominator: object) -> None:
@@ -716,10 +738,7 @@ def reduced(loss: Tensor, reduction: str | None, denominator: float | Tensor | N
     """Over all rays, the same to the bit for any number of threads; None leaves them alone."""
     if reduction not in ("mean", "sum"):
         return loss
-    count = _count(loss.shape, reduction, denominator)
-    if loss.device.type == "cpu" and loss.numel() > _SERIAL_SUM:
-        loss = torch.stack([part.sum() for part in loss.flatten().split(_SERIAL_SUM)])
-    total = loss.sum()
+    count, total = _count(loss.shape, reduction, denominator), sum_of_rays(loss)
     return total if count is None else _divided(total, count, ())
 
 
