@@ -1,4 +1,4 @@
-"""field_losses beside the objective as F3RM on nerfacto computes it, at nerfacto's sizes."""
+"""field_objective beside the objective as F3RM on nerfacto computes it, at nerfacto's sizes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ from bench_interlevel_loss import as_nerfstudio as interlevel
 from bench_render_features import product_and_sum
 from harness import Workload
 
-# nerfacto's and F3RM's weights of the terms, in the order of `rayfuse.FieldLosses`
-MULTIPLIERS = (1.0, 1e-3, 1e-4, 1e-3, 0.002, 1.0)
+# nerfacto's and F3RM's weights of the terms
+MULTIPLIERS = dict(
+    rgb_loss=1.0,
+    feature_loss=1e-3,
+    orientation_loss=1e-4,
+    predicted_normal_loss=1e-3,
+    distortion_loss=0.002,
+    interlevel_loss=1.0,
+)
 
 
 def total(
@@ -35,8 +42,9 @@ def total(
     s: Tensor,
     *levels: Tensor,
 ) -> Tensor:
-    """Ours, weighted and added up; levels are s_env and w_env in turn."""
-    losses = rayfuse.field_losses(
+    """Ours; levels are s_env and w_env in turn."""
+    loss, _ = rayfuse.field_objective(
+        MULTIPLIERS,
         sigma,
         t,
         rgb=rgb,
@@ -49,7 +57,7 @@ def total(
         s=s,
         proposals=[*zip(levels[::2], levels[1::2], strict=True)],
     )
-    return sum(x * loss for x, loss in zip(MULTIPLIERS, losses, strict=False))
+    return loss
 
 
 def as_f3rm(
@@ -83,7 +91,7 @@ def as_f3rm(
             for level in zip(levels[::2], levels[1::2], strict=True)
         ),
     )
-    return sum(x * loss for x, loss in zip(MULTIPLIERS, losses, strict=True))
+    return sum(x * loss for x, loss in zip(MULTIPLIERS.values(), losses, strict=True))
 
 
 class BenchFieldLosses(harness.Bench):
@@ -139,21 +147,9 @@ class BenchFieldLosses(harness.Bench):
         return total
 
     def bytes_moved(self, workload: Workload, wants: Sequence[str]) -> int:
-        """With all weights and sums on chip. What forwards keep, as much as all w_env, a target and
-        three times the weights, stands in the backward for features and envelopes."""
+        """Everything read once, gradients written, and what lies between on chip."""
         inputs = {name: x.nbytes for name, x in self.inputs(workload).items()}
-        read = sum(inputs.values())
-        if not wants:
-            return read
-        w_env = [name for name in inputs if name.startswith("w_env")]
-        kept = sum(inputs[name] for name in (*w_env, "features_target"))
-        kept += (1 + len(w_env)) * inputs["sigma"]
-        not_again = sum(
-            size
-            for name, size in inputs.items()
-            if "features" in name or "_env" in name or name == "rgb_target"
-        )
-        return 2 * read - not_again + 2 * kept + sum(inputs[name] for name in wants)
+        return sum(inputs.values()) + sum(inputs[name] for name in wants)
 
     def truth(
         self,

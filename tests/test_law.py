@@ -39,6 +39,7 @@ SHARED = {
     "tests/test_train.py",
     "tests/test_splat.py",
     "tests/test_objective.py",
+    "tests/test_one_pass.py",
     "tests/test_report.py",
     "tests/test_compat_diff_gaussian_rasterization.py",
     "tests/test_compat_f3rm.py",

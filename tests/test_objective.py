@@ -144,10 +144,17 @@ def test_normals_without_a_graph_give_the_same_in_one_pass(monkeypatch):
     named = leaves(inputs())
     whole = rayfuse.field_losses(**named)
     want = gradients(whole, named)
-    monkeypatch.delattr(objective.ops, "orientation_loss")
-    monkeypatch.delattr(objective.ops, "predicted_normal_loss")
+    calls = []
+    normal_losses = objective.ops.normal_losses
+
+    def counted(*args, **options):
+        calls.append(options)
+        return normal_losses(*args, **options)
+
+    monkeypatch.setattr(objective.ops, "normal_losses", counted)
     named["n"] = named["n"].detach()
     got = rayfuse.field_losses(**named)
+    assert len(calls) == 1
     torch.testing.assert_close(got, whole)
     for name, grad in gradients(got, named).items():
         torch.testing.assert_close(grad, want[name], msg=name)

@@ -13,7 +13,13 @@ from .backend import (
 )
 from .lookups import *  # noqa: F403
 from .lookups import __all__ as _lookups
-from .objective import FieldLosses, field_losses, packed_field_losses
+from .objective import (
+    FieldLosses,
+    field_losses,
+    field_objective,
+    packed_field_losses,
+    packed_field_objective,
+)
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 from .packed import ray_offsets
@@ -29,8 +35,10 @@ __all__ = [
     "backends",
     "debug",
     "field_losses",
+    "field_objective",
     "last_backend",
     "packed_field_losses",
+    "packed_field_objective",
     "ray_offsets",
     "release_memory",
     "use_backend",

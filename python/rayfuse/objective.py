@@ -7,14 +7,18 @@ terms would move the same bytes but for the weights, and was measured not to be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import dims, ops
-from .op import HALVES, check_reduction, reduced
+from .backend import sum_of_rays
+from .one_pass import Calls, weighted_sum
+from .op import HALVES, Passed, check_reduction, is_transformed, reduced
 
 _SHAPES = dims.Signature.parse(
     "sigma[..., S] t[..., S+1] rgb?[..., S, C] features?[..., S, D] s?[..., S+1]"
@@ -48,7 +52,26 @@ class FieldLosses(NamedTuple):
     weights: Tensor  # [..., S], or [P]
 
 
+LOSSES = FieldLosses._fields[:6]
+
+
+def _public(losses: Callable[..., FieldLosses]) -> Any:
+    """The function that calls its ops one by one, of `losses`, which is told how to call them."""
+
+    @functools.wraps(losses)
+    def call(*args: Any, **named: Any) -> FieldLosses:
+        return losses(Calls(), *args, **named)
+
+    signature = inspect.signature(losses)
+    without_calls = [*signature.parameters.values()][1:]
+    call.__signature__ = signature.replace(parameters=without_calls)  # type: ignore[attr-defined]
+    call.losses = losses  # type: ignore[attr-defined]
+    return call
+
+
+@_public
 def field_losses(
+    calls: Calls,
     sigma: Tensor,
     t: Tensor,
     *,
@@ -121,7 +144,7 @@ def field_losses(
         raise ValueError("field_losses: s must be given with proposals, got None")
 
     return _objective(
-        *(_dense, sigma, (t,), rgb, rgb_target, features, features_target),
+        *(calls, _dense, sigma, (t,), rgb, rgb_target, features, features_target),
         normals=_Normals(_dense, some, n, d, n_pred),
         s=None if s is None else (s,),
         proposals=proposals,
@@ -130,7 +153,9 @@ def field_losses(
     )
 
 
+@_public
 def packed_field_losses(
+    calls: Calls,
     sigma: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
@@ -202,7 +227,8 @@ def packed_field_losses(
         *(n, n_pred, d),
     )
     return _objective(
-        *(_packed(offsets), sigma, (t_starts, t_ends), rgb, rgb_target, features, features_target),
+        *(calls, _packed(offsets), sigma, (t_starts, t_ends)),
+        *(rgb, rgb_target, features, features_target),
         normals=_Normals(_packed(normal_offsets), samples, n, d, n_pred),
         s=None if s_starts is None or s_ends is None else (s_starts, s_ends),
         proposals=(),
@@ -211,27 +237,122 @@ def packed_field_losses(
     )
 
 
-def _check(function: str, shapes: dims.Signature, *tensors: Tensor | None) -> None:
+def field_objective(
+    multipliers: Mapping[str, float], *args: Any, **named: Any
+) -> tuple[Tensor, FieldLosses]:
+    """The sum of `field_losses`, each times its multiplier, and its gradients in the same pass.
+
+    On a CPU the forward makes the gradients as well, each op its own while its inputs are in cache;
+    the features', the largest, are written while the features are read. `loss.backward()` hands
+    them over, times a number if the loss was. Everything that is returned is differentiable, but
+    where more than the loss has a gradient, or a loss of half precision tensors was scaled, the
+    backward computes all of it again, and warns: `field_losses` is for that. On other devices, for
+    `reduction="none"` and under torch.compile this is the sum of what `field_losses` returns.
+
+    Args:
+        multipliers: a number for each loss that counts, by its name in `FieldLosses`.
+        *args, **named: those of `field_losses`.
+
+    Returns:
+        (loss, FieldLosses): the sum, 0-d, or [...] with `reduction="none"`, and what it is of.
+
+    Raises:
+        ValueError, TypeError: as `field_losses`, and for multipliers of other names, or of none.
+
+    Source:
+        That of `field_losses`. Gradients in the forward: as Hsu et al., Liger Kernel (2024), make
+        those of a language model's loss.
+
+    Example:
+        >>> import torch, rayfuse
+        >>> t, sigma = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, 2.0], requires_grad=True)
+        >>> loss, out = rayfuse.field_objective(dict(rgb_loss=1, distortion_loss=0.01), sigma, t,
+        ...     s=t / 2, rgb=torch.eye(2), rgb_target=torch.tensor([0.5, 1.0]))
+        >>> loss.backward()
+        >>> loss.item(), sigma.grad
+        (0.1215..., tensor([ 0.1858, -0.0386]))
+    """
+    return _weighted("field_objective", field_losses, multipliers, args, named)
+
+
+def packed_field_objective(
+    multipliers: Mapping[str, float], *args: Any, **named: Any
+) -> tuple[Tensor, FieldLosses]:
+    """`field_objective` of packed rays: the sum of `packed_field_losses`.
+
+    Args:
+        multipliers: as in `field_objective`.
+        *args, **named: those of `packed_field_losses`.
+
+    Returns:
+        (loss, FieldLosses), as `field_objective`.
+
+    Raises:
+        ValueError, TypeError: as `packed_field_losses`, and for multipliers of other names, or of
+            none.
+
+    Source:
+        That of `field_objective`.
+
+    Example:
+        >>> import torch, rayfuse
+        >>> t, offsets = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0, 2, 2, 3])
+        >>> loss, _ = rayfuse.packed_field_objective(dict(rgb_loss=2), t, t, t + 1, offsets,
+        ...     rgb=torch.eye(3), rgb_target=torch.eye(3))
+        >>> loss
+        tensor(0.7555)
+    """
+    return _weighted("packed_field_objective", packed_field_losses, multipliers, args, named)
+
+
+def _weighted(
+    function: str,
+    of: Any,
+    multipliers: Mapping[str, float],
+    args: tuple[Any, ...],
+    named: dict[str, Any],
+) -> tuple[Tensor, FieldLosses]:
+    if not multipliers or not set(multipliers) <= set(LOSSES):
+        rule = "name one or more of " + ", ".join(LOSSES)
+        raise ValueError(f"{function}: multipliers must {rule}, got {[*multipliers]}")
+    for name, x in multipliers.items():
+        if not isinstance(x, (int, float)):
+            rule = f"hold numbers, got {type(x).__name__} for {name}"
+            raise TypeError(f"{function}: multipliers must {rule}")
+    loss, out = weighted_sum(of.losses, multipliers, args, named)
+    return loss, FieldLosses(*out)
+
+
+_passed = Passed()
+
+
+def _check(function: str, signature: dims.Signature, *tensors: Tensor | None) -> None:
+    shapes = tuple([x if x is None else x.shape for x in tensors])
+    if not is_transformed() and (function, shapes) in _passed:
+        return
     try:
-        shapes.bind([x if x is None else x.shape for x in tensors])
+        signature.bind(shapes)
     except dims.ShapeError as error:
         raise ValueError(f"{function}: {error}") from None
+    if not is_transformed():
+        _passed.add((function, shapes))
 
 
-Call = Callable[..., Any]
+Form = Callable[..., tuple[Any, ...]]
+"""An op of this name, and its arguments."""
 
 
-def _dense(op: str, *args: Any, **named: Any) -> Any:
-    return getattr(ops, op)(*args, **named)
+def _dense(name: str, *args: Any) -> tuple[Any, ...]:
+    return getattr(ops, name), *args
 
 
-def _packed(offsets: Tensor) -> Call:
-    """Calls the packed form of an op, whose tensors end with the offsets."""
+def _packed(offsets: Tensor) -> Form:
+    """The packed form of an op, whose tensors end with the offsets."""
 
-    def call(op: str, *args: Any, **named: Any) -> Any:
-        return getattr(ops, f"packed_{op}")(*args, offsets, **named)
+    def form(name: str, *args: Any) -> tuple[Any, ...]:
+        return getattr(ops, f"packed_{name}"), *args, offsets
 
-    return call
+    return form
 
 
 def _like(w: Tensor, sigma: Tensor, *tensors: Any) -> list[Any]:
@@ -241,23 +362,49 @@ def _like(w: Tensor, sigma: Tensor, *tensors: Any) -> list[Any]:
     return [x.to(w.dtype) if isinstance(x, Tensor) else x for x in tensors]
 
 
-def _squared_error(
-    rgb: Tensor, rgb_target: Tensor, reduction: str, denominator: float | Tensor | None
-) -> Tensor:
+class _SquaredError:
     """The mean over the channels: torch has it, and no kernel of ours could read less."""
-    check_reduction("field_losses", reduction, denominator)
-    if rgb_target.dtype not in (rgb.dtype, *HALVES) or rgb_target.device != rgb.device:
-        rule, got = (f"{str(x.dtype)[6:]} on {x.device}" for x in (rgb, rgb_target))
-        raise TypeError(f"field_losses: rgb_target must be {rule} like sigma, got {got}")
-    each = F.mse_loss(rgb, rgb_target.to(rgb.dtype), reduction="none")
-    if reduction == "none":
-        return each.mean(-1)
-    C = each.shape[-1]
-    if reduction == "sum":
-        denominator = C
-    elif denominator is not None:
-        denominator = denominator * C
-    return reduced(each, "mean", denominator)
+
+    def __call__(
+        self, rgb: Tensor, rgb_target: Tensor, reduction: str, denominator: float | Tensor | None
+    ) -> Tensor:
+        each = F.mse_loss(rgb, self._wanted(rgb, rgb_target), reduction="none")
+        if reduction == "none":
+            return each.mean(-1)
+        C = each.shape[-1]
+        if reduction == "sum":
+            denominator = C
+        elif denominator is not None:
+            denominator = denominator * C
+        return reduced(each, "mean", denominator)
+
+    def with_gradients(
+        self,
+        multiplier: float | None,
+        rgb: Tensor,
+        rgb_target: Tensor,
+        reduction: str,
+        denominator: float | None,
+    ) -> tuple[float, list[Tensor]]:
+        """The loss, a number, and what its multiple gives rgb and rgb_target, if it has one."""
+        error = rgb - self._wanted(rgb, rgb_target)
+        C = max(1, error.shape[-1])
+        count = C * (1 if reduction == "sum" else denominator or max(1, error.numel() // C))
+        loss = sum_of_rays(error * error).item() / count
+        if multiplier is None:
+            return loss, []
+        d_rgb = error * (2 * multiplier / count)
+        return loss, [d_rgb, -d_rgb] if rgb_target.requires_grad else [d_rgb]
+
+    @staticmethod
+    def _wanted(rgb: Tensor, rgb_target: Tensor) -> Tensor:
+        if rgb_target.dtype not in (rgb.dtype, *HALVES) or rgb_target.device != rgb.device:
+            rule, got = (f"{str(x.dtype)[6:]} on {x.device}" for x in (rgb, rgb_target))
+            raise TypeError(f"field_losses: rgb_target must be {rule} like sigma, got {got}")
+        return rgb_target.to(rgb.dtype)
+
+
+_squared_error = _SquaredError()
 
 
 def _some(x: Tensor, samples: slice | None) -> Tensor:
@@ -265,7 +412,7 @@ def _some(x: Tensor, samples: slice | None) -> Tensor:
 
 
 class _Normals(NamedTuple):
-    call: Call
+    form: Form
     samples: slice | None
     """Of which samples they are, None of all."""
     n: Tensor | None
@@ -274,7 +421,8 @@ class _Normals(NamedTuple):
 
 
 def _objective(
-    call: Call,
+    calls: Calls,
+    form: Form,
     sigma: Tensor,
     t: tuple[Tensor, ...],
     rgb: Tensor | None,
@@ -292,32 +440,42 @@ def _objective(
     come last on the way forth and first on the way back.
 
     Args:
-        call: calls the dense or the packed form of an op.
+        form: the dense or the packed form of an op.
         t, s: the intervals, as that form takes them.
     """
-    w = call("ray_weights", sigma, *t)[0]
+
+    check_reduction("field_losses", **options)
+
+    def loss(names: str, op: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        return calls.loss(names.split(), op, *args, **named, **options)
+
+    w = calls.op(*form("ray_weights", sigma, *t))[0]
     rendering["background"], *t_wide = _like(w, sigma, rendering["background"], *t)
-    rendered = call("composite_rays", *t_wide, w, f=rgb, **rendering)
+    rendered = ops.Composite(*calls.op(*form("composite_rays", *t_wide, w), f=rgb, **rendering))
     none = w.new_zeros(rendered.accumulation.shape if options["reduction"] == "none" else ())
     rgb_loss = feature_loss = orientation = predicted = distortion = interlevel = none
     if rgb is not None and rgb_target is not None:
-        rgb_loss = _squared_error(rendered.features, rgb_target, **options)
-    some, fixed = normals.call, w.detach()
+        rgb_loss = loss("rgb_loss", _squared_error, rendered.features, rgb_target)
+    some, fixed = normals.form, w.detach()
     fixed_some, n, d, n_pred = _like(w, sigma, _some(fixed, normals.samples), *normals[2:])
+    names = "orientation_loss predicted_normal_loss"
     if n is not None and n_pred is not None and n.requires_grad:
-        predicted = some("predicted_normal_loss", fixed_some, n.detach(), n_pred, **options)
+        predicted = loss(names, *some("normal_losses", fixed_some, n.detach()), n_pred=n_pred)[1]
         if d is not None:
-            orientation = some("orientation_loss", fixed_some, n, d, **options)
+            orientation = loss(names, *some("normal_losses", fixed_some, n), d=d)[0]
     elif n is not None and (d is not None or n_pred is not None):
-        orientation, predicted = some("normal_losses", fixed_some, n, n_pred=n_pred, d=d, **options)
+        args = some("normal_losses", fixed_some, n)
+        orientation, predicted = loss(names, *args, n_pred=n_pred, d=d)
     if s is not None:
         s = tuple(_like(w, sigma, *s))
-        distortion = call("distortion_loss", *s, w, **options)
+        distortion = loss("distortion_loss", *form("distortion_loss", *s, w))
         for level in proposals:
-            loss = ops.interlevel_loss(*s, fixed, *_like(w, sigma, *level), **options)
-            interlevel = loss if interlevel is none else interlevel + loss
+            args = *s, fixed, *_like(w, sigma, *level)
+            of_level = loss("interlevel_loss", *_dense("interlevel_loss", *args))
+            interlevel = of_level if interlevel is none else interlevel + of_level
     if features is not None and features_target is not None:
-        feature_loss = call("feature_distillation_loss", w, features, features_target, **options)
+        args = w, features, features_target
+        feature_loss = loss("feature_loss", *form("feature_distillation_loss", *args))
     return FieldLosses(
         rgb_loss,
         feature_loss,
