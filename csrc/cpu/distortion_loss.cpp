@@ -1,10 +1,9 @@
 // Distortion loss: L = sum_j w_j (spread_j + 1/3 w_j dt_j), spread_j = sum_{k<=j} gap_k left_k with
 // gap_k = t_{k+1} - t_{k-1} and left_k, right_k the weight on either side of sample k.
 // One thread owns a few rays. Forward: one pass from the left. Backward: the same pass, which keeps
-// what the way back needs in cache, then one from the right:
-// d_w_j = spread_j + sum_{k>j} gap_k (w_k + right_k) + 2/3 w_j dt_j,
-// d_t_j = (w_{j-1} + w_j) (left_j - 2/3 w_{j-1} - 1/3 w_j - right_j). Derivation:
-// docs/distortion.md.
+// what the way back needs in cache, and the loss where both are made at once, then one from the
+// right: d_w_j = spread_j + sum_{k>j} gap_k (w_k + right_k) + 2/3 w_j dt_j, d_t_j = (w_{j-1} + w_j)
+// (left_j - 2/3 w_{j-1} - 1/3 w_j - right_j). Derivation: docs/distortion.md.
 #include "rays.h"
 
 #include <vector>

@@ -2,6 +2,7 @@
 // e = sum_s w_s f_s - target. One thread owns a few rays. Forward: one pass over f for e, and one
 // for the products <e, f_s> while the ray's f is still in cache (147 KB at 48 samples of 768
 // channels). Backward, none: with g = d_loss 2/C e, d_w_s = <g, f_s>, d_f_s = w_s g, d_target = -g.
+// Both at once: the second pass writes d_f.
 #pragma once
 
 #include "ray_features.h"

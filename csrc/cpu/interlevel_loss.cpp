@@ -2,7 +2,8 @@
 // eps), w_outer_i the weight of the envelope's bins that sample i touches (envelope.h). One thread
 // owns a group of rays. Forward: one pass, which keeps dL/dw_i = u_i (2 - u_i) / S and dL/dw_env,
 // where each bin gets the dL/dw_outer_i = -2 u_i / S of the samples it bounds. Backward: d_loss
-// times these. Source: Mip-NeRF 360, eq. 13; docs/interlevel.md.
+// times these; at once with the loss, these of d_loss times it. Source: Mip-NeRF 360, eq. 13;
+// docs/interlevel.md.
 #include "interlevel_loss.h"
 
 namespace rayfuse {

@@ -1,9 +1,9 @@
 // Losses of Ref-NeRF on normals, of dense and of packed rays: orientation = sum_i w_i o_i^2 with
 // o_i = max(0, n_i . d), and predicted = sum_i w_i (1 - n_i . p_i), p the predicted normals. One
-// thread owns a few rays and goes over each once, forward and backward, kLanes samples at a time.
-// With g the gradients of the two losses: d_w_i = g_o o_i^2 + g_p (1 - n_i . p_i), d_n_i = 2 g_o
-// w_i o_i d - g_p w_i p_i, d_p_i = -g_p w_i n_i, d_d = sum_i 2 g_o w_i o_i n_i. Verbin et al.,
-// Ref-NeRF (2022); docs/normals.md.
+// thread owns a few rays and goes over each once, forward, backward or for both, kLanes samples at
+// a time. With g the gradients of the two losses: d_w_i = g_o o_i^2 + g_p (1 - n_i . p_i), d_n_i =
+// 2 g_o w_i o_i d - g_p w_i p_i, d_p_i = -g_p w_i n_i, d_d = sum_i 2 g_o w_i o_i n_i. Verbin et
+// al., Ref-NeRF (2022); docs/normals.md.
 #pragma once
 
 #include "rays.h"
