@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import rayfuse
@@ -34,12 +35,16 @@ def in_one_pass(named, multipliers=MULTIPLIERS):
     return *function(multipliers, **named), wanted
 
 
+def weighted(out, multipliers=MULTIPLIERS):
+    return sum(x * getattr(out, name) for name, x in multipliers.items())
+
+
 def one_by_one(named, multipliers=MULTIPLIERS):
     """The same of field_losses."""
     named, wanted = leaves(named)
     function = rayfuse.packed_field_losses if "offsets" in named else rayfuse.field_losses
     out = function(**named)
-    return sum(x * getattr(out, name) for name, x in multipliers.items()), out, wanted
+    return weighted(out, multipliers), out, wanted
 
 
 def gradients(total, wanted, **options):
@@ -111,6 +116,38 @@ def test_every_backend_makes_them(silent, forced_backend, device):
             torch.testing.assert_close(again[name], want[name], msg=name)
 
 
+@pytest.mark.parametrize(
+    "op",
+    [
+        rayfuse.distortion_loss,
+        rayfuse.feature_distillation_loss,
+        rayfuse.interlevel_loss,
+        rayfuse.normal_losses,
+        rayfuse.packed_feature_distillation_loss,
+        rayfuse.packed_normal_losses,
+    ],
+    ids=lambda op: op.__name__,
+)
+def test_losses_and_gradients_are_one_kernel_on_a_cpu(op):
+    op = op.op
+    if backend.reason("cpu"):
+        pytest.skip(backend.reason("cpu"))
+    sizes = dict(S=5, C=3, E=4) if not op.integer else dict(P=8, C=3, R=2)
+    raw = op.raw_arguments(op.sample(() if op.integer else (2,), **sizes))
+    alone = op.kernels.choose("cpu", "cpu")._replace(fwd=None, bwd=None)
+    sums, grads = alone.run_fwd_bwd([1.0] * len(op.outputs), raw, 1)
+    assert len(sums) == len(op.outputs) and len(grads) == len(op.differentiable)
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_tensors_without_values_have_the_plain_sum(where):
+    with FakeTensorMode() if where == "fake" else torch.device("meta"):
+        sigma, t = torch.empty(5, 9, requires_grad=True), torch.empty(5, 10)
+        rgb, wanted = torch.empty(5, 9, 3), torch.empty(5, 3)
+        loss, out = rayfuse.field_objective(dict(rgb_loss=1), sigma, t, rgb=rgb, rgb_target=wanted)
+    assert loss.shape == () and out.rgb.shape == (5, 3)
+
+
 def test_features_in_half_precision_beside_float32(silent):
     named = inputs(torch.float32)
     named |= {x: named[x].half() for x in ("rgb", "features", "features_target", "rgb_target")}
@@ -127,8 +164,7 @@ def test_normals_without_a_graph(silent):
     want_fresh, want_wanted = leaves(named)
     want = rayfuse.field_losses(**want_fresh, n=n)
     torch.testing.assert_close(tuple(out), tuple(want))
-    total = sum(x * getattr(want, name) for name, x in MULTIPLIERS.items())
-    assert_same_gradients(loss, wanted, total, want_wanted)
+    assert_same_gradients(loss, wanted, weighted(want), want_wanted)
 
 
 def test_backward_runs_no_op(monkeypatch):
@@ -215,15 +251,13 @@ def test_input_computed_from_another_one_counts_once():
     for scale in (1, 65536):
         named = {**inputs(torch.float16 if scale > 1 else torch.float64), "proposals": []}
         grads = []
-        for function in (rayfuse.field_objective, None):
+        for loss_of in (
+            lambda fresh: rayfuse.field_objective(MULTIPLIERS, **fresh)[0],
+            lambda fresh: weighted(rayfuse.field_losses(**fresh)),
+        ):
             sigma = named["sigma"].clone().requires_grad_()
             rgb = named["rgb"] * sigma[..., None]
-            fresh = named | dict(sigma=sigma, rgb=rgb)
-            if function:
-                loss, _ = function(MULTIPLIERS, **fresh)
-            else:
-                out = rayfuse.field_losses(**fresh)
-                loss = sum(x * getattr(out, name) for name, x in MULTIPLIERS.items())
+            loss = loss_of(named | dict(sigma=sigma, rgb=rgb))
             with warnings.catch_warnings(action="ignore"):
                 grads.append(torch.autograd.grad(scale * loss, sigma)[0])
         torch.testing.assert_close(*grads)

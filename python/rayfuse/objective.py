@@ -7,8 +7,6 @@ terms would move the same bytes but for the weights, and was measured not to be 
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +16,7 @@ from torch import Tensor
 from . import dims, ops
 from .backend import sum_of_rays
 from .one_pass import Calls, weighted_sum
-from .op import HALVES, Passed, check_reduction, is_transformed, reduced
+from .op import HALVES, Passed, check_reduction, is_transformed, ray_count, reduced
 
 _SHAPES = dims.Signature.parse(
     "sigma[..., S] t[..., S+1] rgb?[..., S, C] features?[..., S, D] s?[..., S+1]"
@@ -55,23 +53,7 @@ class FieldLosses(NamedTuple):
 LOSSES = FieldLosses._fields[:6]
 
 
-def _public(losses: Callable[..., FieldLosses]) -> Any:
-    """The function that calls its ops one by one, of `losses`, which is told how to call them."""
-
-    @functools.wraps(losses)
-    def call(*args: Any, **named: Any) -> FieldLosses:
-        return losses(Calls(), *args, **named)
-
-    signature = inspect.signature(losses)
-    without_calls = [*signature.parameters.values()][1:]
-    call.__signature__ = signature.replace(parameters=without_calls)  # type: ignore[attr-defined]
-    call.losses = losses  # type: ignore[attr-defined]
-    return call
-
-
-@_public
 def field_losses(
-    calls: Calls,
     sigma: Tensor,
     t: Tensor,
     *,
@@ -90,6 +72,7 @@ def field_losses(
     depth: Literal["expected", "log_mean", "median", "none"] = "expected",
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    _calls: Calls | None = None,
 ) -> FieldLosses:
     """Every term of the objective of F3RM on nerfacto, unweighted, and what the rays render to.
 
@@ -144,7 +127,7 @@ def field_losses(
         raise ValueError("field_losses: s must be given with proposals, got None")
 
     return _objective(
-        *(calls, _dense, sigma, (t,), rgb, rgb_target, features, features_target),
+        *(_calls, _dense, sigma, (t,), rgb, rgb_target, features, features_target),
         normals=_Normals(_dense, some, n, d, n_pred),
         s=None if s is None else (s,),
         proposals=proposals,
@@ -153,9 +136,7 @@ def field_losses(
     )
 
 
-@_public
 def packed_field_losses(
-    calls: Calls,
     sigma: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
@@ -176,6 +157,7 @@ def packed_field_losses(
     depth: Literal["expected", "log_mean", "median", "none"] = "expected",
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    _calls: Calls | None = None,
 ) -> FieldLosses:
     """`field_losses` of packed rays, whose samples an occupancy grid chose: no interlevel loss.
 
@@ -227,7 +209,7 @@ def packed_field_losses(
         *(n, n_pred, d),
     )
     return _objective(
-        *(calls, _packed(offsets), sigma, (t_starts, t_ends)),
+        *(_calls, _packed(offsets), sigma, (t_starts, t_ends)),
         *(rgb, rgb_target, features, features_target),
         normals=_Normals(_packed(normal_offsets), samples, n, d, n_pred),
         s=None if s_starts is None or s_ends is None else (s_starts, s_ends),
@@ -319,7 +301,7 @@ def _weighted(
         if not isinstance(x, (int, float)):
             rule = f"hold numbers, got {type(x).__name__} for {name}"
             raise TypeError(f"{function}: multipliers must {rule}")
-    loss, out = weighted_sum(of.losses, multipliers, args, named)
+    loss, out = weighted_sum(of, multipliers, args, named)
     return loss, FieldLosses(*out)
 
 
@@ -371,12 +353,7 @@ class _SquaredError:
         each = F.mse_loss(rgb, self._wanted(rgb, rgb_target), reduction="none")
         if reduction == "none":
             return each.mean(-1)
-        C = each.shape[-1]
-        if reduction == "sum":
-            denominator = C
-        elif denominator is not None:
-            denominator = denominator * C
-        return reduced(each, "mean", denominator)
+        return reduced(each, "mean", self._count(each, reduction, denominator))
 
     def with_gradients(
         self,
@@ -388,13 +365,17 @@ class _SquaredError:
     ) -> tuple[float, list[Tensor]]:
         """The loss, a number, and what its multiple gives rgb and rgb_target, if it has one."""
         error = rgb - self._wanted(rgb, rgb_target)
-        C = max(1, error.shape[-1])
-        count = C * (1 if reduction == "sum" else denominator or max(1, error.numel() // C))
+        count = self._count(error, reduction, denominator)
         loss = sum_of_rays(error * error).item() / count
         if multiplier is None:
             return loss, []
         d_rgb = error * (2 * multiplier / count)
         return loss, [d_rgb, -d_rgb] if rgb_target.requires_grad else [d_rgb]
+
+    @staticmethod
+    def _count(x: Tensor, reduction: str, denominator: float | Tensor | None) -> Any:
+        count = ray_count(x.shape[:-1], reduction, denominator)
+        return max(1, x.shape[-1]) * (1 if count is None else count)
 
     @staticmethod
     def _wanted(rgb: Tensor, rgb_target: Tensor) -> Tensor:
@@ -421,7 +402,7 @@ class _Normals(NamedTuple):
 
 
 def _objective(
-    calls: Calls,
+    calls: Calls | None,
     form: Form,
     sigma: Tensor,
     t: tuple[Tensor, ...],
@@ -443,7 +424,7 @@ def _objective(
         form: the dense or the packed form of an op.
         t, s: the intervals, as that form takes them.
     """
-
+    calls = calls or Calls()
     check_reduction("field_losses", **options)
 
     def loss(names: str, op: Callable[..., Any], *args: Any, **named: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backend import Chosen, as_tuple, last_backend, use_backend
-from .op import HALVES, Op, gradients, is_transformed, wants_gradient
+from .op import HALVES, Op, gradients, is_transformed, ray_count, wants_gradient
 
 
 class Calls:
@@ -32,7 +32,7 @@ class Calls:
 
 
 Losses = Callable[..., Any]
-"""Of `Calls`, and of what else it likes, to a named tuple of tensors, losses among them."""
+"""To a named tuple of tensors, losses among them. Calls its ops through `_calls=`, if given."""
 
 
 def weighted_sum(
@@ -70,7 +70,7 @@ def _gives_numbers(
 def _one_by_one(
     losses: Losses, multipliers: Mapping[str, float], args: Sequence[Any], named: dict[str, Any]
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    out = losses(Calls(), *args, **named)
+    out = losses(*args, **named)
     return sum(x * getattr(out, name) for name, x in multipliers.items()), out
 
 
@@ -182,7 +182,8 @@ class _Tape(Calls):
         **named: Any,
     ) -> Any:
         call = _Call.of(op, args, named)
-        count = 1 if reduction == "sum" else denominator or max(1, op.rays(call.raw))
+        shape = op.signature.shape_of_first_output(call.raw[: len(op.inputs)])
+        count: Any = ray_count(shape, reduction, denominator) or 1
         d_sums = [x if x is None else x / count for x in multipliers]
         with self._no_grad, call.recorded():
             sums, grads = call.chosen.run_fwd_bwd(d_sums, call.raw, call.needs)
@@ -215,7 +216,7 @@ class _OnePass(torch.autograd.Function):
         args, named = _with_tensors(arguments, leaves)
         tape = _Tape(multipliers)
         with torch.enable_grad():
-            out = losses(tape, *args, **named)
+            out = losses(*args, **named, _calls=tape)
         tape.finish()
         ctx.save_for_backward(*tensors)
         ctx.function = losses, multipliers, arguments

@@ -528,10 +528,6 @@ class Op:
         found = dict(zip(wanted, grads, strict=True))
         return [found.get(i) for i in self.differentiable]
 
-    def rays(self, raw: Sequence[Any]) -> int:
-        """Of how many the outputs are, in which they are alike."""
-        return math.prod(self.signature.shape_of_first_output(raw[: len(self.inputs)]))
-
     def needs(self, wanted: Sequence[int]) -> int:
         """The bits that ask the raw backward for the gradients of these inputs."""
         return sum([1 << bit for bit, i in enumerate(self.differentiable) if i in wanted])
@@ -603,7 +599,7 @@ def _autograd_functions(
         """The gradient of each ray's loss, from that of the reduced one."""
         if d_output is None:
             return None
-        return _divided(d_output, _count(ctx.shape, ctx.reduction, ctx.denominator), ctx.shape)
+        return _divided(d_output, ray_count(ctx.shape, ctx.reduction, ctx.denominator), ctx.shape)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -656,7 +652,7 @@ def _autograd_functions(
 
             def reduce_each(loss: Tensor) -> Tensor:
                 total = loss.unsqueeze(-1).flatten(1).sum(1)
-                count = _count(loss.shape[1:], reduction or "", denominator)
+                count = ray_count(loss.shape[1:], reduction or "", denominator)
                 return total if count is None else total / count
 
             if reduction not in ("mean", "sum"):
@@ -738,7 +734,7 @@ def reduced(loss: Tensor, reduction: str | None, denominator: float | Tensor | N
     """Over all rays, the same to the bit for any number of threads; None leaves them alone."""
     if reduction not in ("mean", "sum"):
         return loss
-    count, total = _count(loss.shape, reduction, denominator), sum_of_rays(loss)
+    count, total = ray_count(loss.shape, reduction, denominator), sum_of_rays(loss)
     return total if count is None else _divided(total, count, ())
 
 
@@ -761,7 +757,7 @@ def _divided(x: Tensor, count: float | Tensor | None, shape: Sequence[int]) -> T
     return x if count is None else x / count
 
 
-def _count(
+def ray_count(
     rays: Sequence[int], reduction: str, denominator: float | Tensor | None
 ) -> float | Tensor | None:
     """What divides the sum: no rays give the exact 0 of an empty sum, not 0 / 0."""
