@@ -80,6 +80,8 @@ def cases():
     yield "packed denominator", flat | dict(denominator=7.5)
     for absent in ("rgb_target", "features", "n", "d", "n_pred", "proposals"):
         yield f"no {absent}", {name: x for name, x in dense.items() if name != absent}
+    nothing = torch.zeros(5, 9, 0, dtype=torch.float64)
+    yield "no channels", dense | dict(rgb=nothing, rgb_target=nothing[:, 0])
     yield "no rays", inputs(rays=(0,))
     yield "more dimensions", inputs(rays=(2, 3))
 
