@@ -66,7 +66,7 @@ struct Rows {
   vec<A> together(int r, int64_t v, std::integer_sequence<int, q...>) const {
     if constexpr (sizeof(T) == sizeof(A)) {
       vec<A> x = {};
-      (..., (x = with_piece<q>(x, (*this)[q * kRays<A> + r] + v)));
+      (..., (x = with_lane128<q>(x, (*this)[q * kRays<A> + r] + v)));
       return x;
     } else {
       std::remove_const_t<T> values[kLanes<A>];
@@ -74,17 +74,6 @@ struct Rows {
        std::memcpy(values + q * kRays<A>, (*this)[q * kRays<A> + r] + v, kRays<A> * sizeof(T)));
       return load(values);
     }
-  }
-  // x with 16 bytes of memory in its 128-bit lane q.
-  template <int q>
-  static vec<A> with_piece(vec<A> x, const T* p) {
-    constexpr int n = kLanes<A>, k = kRays<A>;
-    decltype(lane128<0>(x)) low;
-    std::memcpy(&low, p, sizeof low);
-    return [&]<int... i>(std::integer_sequence<int, i...>) {
-      const vec<A> wide = __builtin_shufflevector(low, low, (i % k)...);
-      return __builtin_shufflevector(x, wide, (i / k == q ? n + i : i)...);
-    }(std::make_integer_sequence<int, n>());
   }
   void apart(int r, int64_t v, vec<A> x) const {
     T values[kLanes<A>];

@@ -446,6 +446,21 @@ auto lane128(V x) {
   }(std::make_integer_sequence<int, k>());
 }
 
+// x with 16 bytes of memory as its 128-bit lane `lane`. As a shuffle this would go through the
+// stack, in a store too narrow for the load behind it.
+template <int lane, class V>
+V with_lane128(V x, const void* p) {
+#if defined(__AVX512F__)
+  return (V)_mm512_inserti32x4((__m512i)x, _mm_loadu_si128(static_cast<const __m128i*>(p)), lane);
+#elif defined(__AVX2__)
+  return (V)_mm256_inserti128_si256((__m256i)x, _mm_loadu_si128(static_cast<const __m128i*>(p)),
+                                    lane);
+#else
+  std::memcpy(&x, p, sizeof x);
+  return x;
+#endif
+}
+
 // Within each 128-bit lane, the low or high halves of a and b, taken in turn `unit` values at a
 // time.
 template <int unit, bool high, class V>

@@ -30,6 +30,12 @@ struct Splats {
   int64_t blocks() const { return R * blocks_of_row(); }
 };
 
+// Memory is asked for what lies at p: rows that are taken in pieces would wait for it.
+template <bool to_write, class F>
+void prefetch(const F* p, int64_t values) {
+  for (int64_t i = 0; i < values; i += 64 / sizeof(F)) __builtin_prefetch(p + i, to_write);
+}
+
 // Splats n .. n + count of row r.
 template <class A>
 struct Place {
@@ -61,6 +67,7 @@ class View {
       any = lanes_up_to(seen_, vec<A>{}) != kAllLanes<A>;
       if (!any) return;
     }
+    prefetch<false>(splats.dirs + 3 * (at + kLanes<A>), 3 * kLanes<A>);
     const Triples<A> dirs = by_component(load_triples(splats.dirs + 3 * at, place.count));
     x = selected(dirs.part[0]), y = selected(dirs.part[1]), z = selected(dirs.part[2]);
     const vec<A> length2 = x * x + y * y + z * z;
@@ -89,6 +96,31 @@ class View {
   vec<A> seen_ = broadcast(A(1)), nowhere_;
 };
 
+// Calls f(first channel, how many) until it has all: three at a time, which have one sum each.
+template <class F>
+void for_channels(int64_t D, const F& f) {
+  int64_t d = 0;
+  for (; d + 3 <= D; d += 3) f(d, std::integral_constant<int, 3>());
+  for (; d < D; ++d) f(d, std::integral_constant<int, 1>());
+}
+
+// Those of the splats at a place.
+template <class T, class F, class A>
+void load_coefficients(const Splats<T, F>& splats, const Place<A>& place, vec<A>* coeffs) {
+  const int64_t stride = splats.K * splats.D;
+  const F* const rows = splats.coeffs + (place.r * splats.N + place.n) * stride;
+  Rows<const F>{rows, stride, place.count}.load_to(coeffs, splats.coefficients());
+}
+// Those of the splats behind them will be loaded next. Each camera sends for a share: for all at
+// once memory is not ready.
+template <class T, class F, class A>
+void prefetch_coefficients(const Splats<T, F>& splats, const Place<A>& place, int64_t c) {
+  const int64_t values = kLanes<A> * splats.K * splats.D,
+                share = (values + splats.C - 1) / splats.C;
+  const int64_t next = (place.r * splats.N + place.n + kLanes<A>)*splats.K * splats.D;
+  prefetch<false>(splats.coeffs + next + c * share, share);
+}
+
 // Rows of D values that lie end to end, to a register for each of D, and back.
 template <class A>
 void load_channels(const A* rows, int64_t D, int count, vec<A>* channels) {
@@ -110,7 +142,6 @@ RAYFUSE_KERNEL void colors(int64_t begin, int64_t end, const Splats<T, F>& splat
   std::vector<vec<A>> coeffs(splats.coefficients()), color(D);
   for (int64_t block = begin; block < end; ++block) {
     const Place<A> place(splats, block);
-    const int64_t first = place.r * splats.N + place.n;
     bool loaded = false;
     for (int64_t c = 0; c < splats.C; ++c) {
       const View<A> view(splats, place, c);
@@ -118,16 +149,15 @@ RAYFUSE_KERNEL void colors(int64_t begin, int64_t end, const Splats<T, F>& splat
         std::fill_n(colors + view.at * D, place.count * D, A(0));
         continue;
       }
-      if (!std::exchange(loaded, true)) {
-        const int64_t stride = splats.K * D;
-        Rows<const F>{splats.coeffs + first * stride, stride, place.count}.load_to(
-            coeffs.data(), splats.coefficients());
-      }
-      for (int64_t d = 0; d < D; ++d) {
-        vec<A> sum = {};
-        for (int64_t k = 0; k < harmonics; ++k) sum += view.Y[k] * coeffs[k * D + d];
-        color[d] = view.selected(sum);
-      }
+      prefetch_coefficients(splats, place, c);
+      if (!std::exchange(loaded, true)) load_coefficients(splats, place, coeffs.data());
+      for_channels(D, [&](int64_t d, auto width) {
+        vec<A> sum[width] = {};
+        for (int64_t k = 0; k < harmonics; ++k) {
+          for (int j = 0; j < width; ++j) sum[j] += view.Y[k] * coeffs[k * D + d + j];
+        }
+        for (int j = 0; j < width; ++j) color[d + j] = view.selected(sum[j]);
+      });
       store_channels(colors + view.at * D, D, place.count, color.data());
     }
   }
@@ -144,6 +174,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, const Splats<T, F>& sp
   for (int64_t block = begin; block < end; ++block) {
     const Place<A> place(splats, block);
     const int64_t first = place.r * splats.N + place.n;
+    if (d_coeffs) prefetch<true>(d_coeffs + first * stride, place.count * stride);
     std::fill(d_coeff.begin(), d_coeff.end(), vec<A>{});
     bool loaded = false;
     for (int64_t c = 0; c < splats.C; ++c) {
@@ -155,20 +186,22 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, const Splats<T, F>& sp
       load_channels(d_colors + view.at * D, D, place.count, g.data());
       for (vec<A>& d_color : g) d_color = view.selected(d_color);
       if (d_coeffs) {
-        for (int64_t k = 0; k < harmonics; ++k) {
-          for (int64_t d = 0; d < D; ++d) d_coeff[k * D + d] += view.Y[k] * g[d];
-        }
+        for_channels(D, [&](int64_t d, auto width) {
+          for (int64_t k = 0; k < harmonics; ++k) {
+            for (int j = 0; j < width; ++j) d_coeff[k * D + d + j] += view.Y[k] * g[d + j];
+          }
+        });
       }
       if (!d_dirs) continue;
-      if (!std::exchange(loaded, true)) {
-        Rows<const F>{splats.coeffs + first * stride, stride, place.count}.load_to(
-            coeffs.data(), splats.coefficients());
-      }
+      prefetch_coefficients(splats, place, c);
+      if (!std::exchange(loaded, true)) load_coefficients(splats, place, coeffs.data());
       vec<A> d_Y[count_harmonics(kMostDegree)];
-      for (int64_t k = 0; k < harmonics; ++k) {
-        d_Y[k] = vec<A>{};
-        for (int64_t d = 0; d < D; ++d) d_Y[k] += coeffs[k * D + d] * g[d];
-      }
+      std::fill_n(d_Y, harmonics, vec<A>{});
+      for_channels(D, [&](int64_t d, auto width) {
+        for (int64_t k = 0; k < harmonics; ++k) {
+          for (int j = 0; j < width; ++j) d_Y[k] += coeffs[k * D + d + j] * g[d + j];
+        }
+      });
       store_triples(d_dirs + 3 * view.at, view.d_dirs(d_Y), place.count);
     }
     if (!d_coeffs) continue;
