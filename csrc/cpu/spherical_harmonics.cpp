@@ -111,14 +111,14 @@ void load_coefficients(const Splats<T, F>& splats, const Place<A>& place, vec<A>
   const F* const rows = splats.coeffs + (place.r * splats.N + place.n) * stride;
   Rows<const F>{rows, stride, place.count}.load_to(coeffs, splats.coefficients());
 }
-// Those of the splats behind them will be loaded next. Each camera sends for a share: for all at
-// once memory is not ready.
+// The next splats' will be loaded soon: a camera sends for a share of them, an only one for two, as
+// memory does not take the requests of a block at once.
 template <class T, class F, class A>
-void prefetch_coefficients(const Splats<T, F>& splats, const Place<A>& place, int64_t c) {
-  const int64_t values = kLanes<A> * splats.K * splats.D,
-                share = (values + splats.C - 1) / splats.C;
-  const int64_t next = (place.r * splats.N + place.n + kLanes<A>)*splats.K * splats.D;
-  prefetch<false>(splats.coeffs + next + c * share, share);
+void prefetch_coefficients(const Splats<T, F>& splats, const Place<A>& place, int64_t share) {
+  const int64_t stride = splats.K * splats.D, shares = std::max<int64_t>(splats.C, 2);
+  const int64_t values = (kLanes<A> * stride + shares - 1) / shares;
+  const int64_t next = (place.r * splats.N + place.n + kLanes<A>)*stride;
+  prefetch<false>(splats.coeffs + next + share * values, values);
 }
 
 // Rows of D values that lie end to end, to a register for each of D, and back.
@@ -151,6 +151,7 @@ RAYFUSE_KERNEL void colors(int64_t begin, int64_t end, const Splats<T, F>& splat
       }
       prefetch_coefficients(splats, place, c);
       if (!std::exchange(loaded, true)) load_coefficients(splats, place, coeffs.data());
+      if (splats.C == 1) prefetch_coefficients(splats, place, 1);
       for_channels(D, [&](int64_t d, auto width) {
         vec<A> sum[width] = {};
         for (int64_t k = 0; k < harmonics; ++k) {
@@ -195,6 +196,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, const Splats<T, F>& sp
       if (!d_dirs) continue;
       prefetch_coefficients(splats, place, c);
       if (!std::exchange(loaded, true)) load_coefficients(splats, place, coeffs.data());
+      if (splats.C == 1) prefetch_coefficients(splats, place, 1);
       vec<A> d_Y[count_harmonics(kMostDegree)];
       std::fill_n(d_Y, harmonics, vec<A>{});
       for_channels(D, [&](int64_t d, auto width) {
