@@ -19,12 +19,6 @@ struct doubles_of {
 template <int n>
 using doubles = typename doubles_of<n>::type;
 
-// These values will be read, or written, soon: the hardware does not foresee the next rays.
-template <bool write = false, class T>
-void prefetch(const T* p, int64_t n) {
-  for (int64_t k = 0; k < n; k += 64 / sizeof(T)) __builtin_prefetch(p + k, write);
-}
-
 // A ray's edges and those of its envelope.
 template <class T>
 struct Edges {

@@ -3,6 +3,7 @@
 
 #include "envelope.h"
 #include "packed.h"
+#include "prefetch.h"
 #include "uncovered.h"
 
 namespace rayfuse {

@@ -3,6 +3,7 @@
 // for every edge, 16 envelope edges at a time. Backward: the search again; each bin of w_env gets
 // the gradients of the samples it bounds. Source: nerfstudio's `outer`, docs/interlevel.md.
 #include "envelope.h"
+#include "prefetch.h"
 
 namespace rayfuse {
 namespace {

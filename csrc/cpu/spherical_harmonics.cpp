@@ -3,6 +3,7 @@
 // transposed once, for all cameras. Backward, with g the gradient of a colour, in the order of
 // cameras: d_coeff_kd = sum_c Y_k g_d, d_dir = (d_u - <d_u, u> u) / |dir| with
 // d_u = sum_k <coeff_k, g> grad Y_k. docs/splats.md
+#include "prefetch.h"
 #include "rows.h"
 #include "square_root.h"
 #include "triples.h"
@@ -30,12 +31,11 @@ struct Splats {
   int64_t blocks() const { return R * blocks_of_row(); }
 };
 
-// Memory is asked for what lies at p and is needed in a while, for reading or writing: rows that
-// are taken in pieces would wait for it. Into the second level, as the first one takes few requests
-// at once: with a block's own in the first one gradients took up to 1.7 times as long.
+// What splats behind these read and write, by 16 bytes of a row at a time, which would wait for
+// memory. Into the second level: into the first one gradients took up to 1.7 times as long.
 template <class F>
-void prefetch(const F* p, int64_t values) {
-  for (int64_t i = 0; i < values; i += 64 / sizeof(F)) __builtin_prefetch(p + i, 0, 2);
+void prefetch_later(const F* p, int64_t values) {
+  prefetch<false, 2>(p, values);
 }
 
 // Splats n .. n + count of row r.
@@ -69,7 +69,7 @@ class View {
       any = lanes_up_to(seen_, vec<A>{}) != kAllLanes<A>;
       if (!any) return;
     }
-    prefetch(splats.dirs + 3 * (at + kLanes<A>), 3 * kLanes<A>);
+    prefetch_later(splats.dirs + 3 * (at + kLanes<A>), 3 * kLanes<A>);
     const Triples<A> dirs = by_component(load_triples(splats.dirs + 3 * at, place.count));
     x = selected(dirs.part[0]), y = selected(dirs.part[1]), z = selected(dirs.part[2]);
     const vec<A> length2 = x * x + y * y + z * z;
@@ -111,7 +111,7 @@ template <class T, class F, class A>
 void load_coefficients(const Splats<T, F>& splats, const Place<A>& place, vec<A>* coeffs) {
   const int64_t stride = splats.K * splats.D, block = kLanes<A> * stride;
   const F* const rows = splats.coeffs + (place.r * splats.N + place.n) * stride;
-  prefetch(rows + 2 * block, block);
+  prefetch_later(rows + 2 * block, block);
   Rows<const F>{rows, stride, place.count}.load_to(coeffs, splats.coefficients());
 }
 
@@ -167,7 +167,7 @@ RAYFUSE_KERNEL void gradients(int64_t begin, int64_t end, const Splats<T, F>& sp
   for (int64_t block = begin; block < end; ++block) {
     const Place<A> place(splats, block);
     const int64_t first = place.r * splats.N + place.n;
-    if (d_coeffs) prefetch(d_coeffs + (first + kLanes<A>)*stride, kLanes<A> * stride);
+    if (d_coeffs) prefetch_later(d_coeffs + (first + kLanes<A>)*stride, kLanes<A> * stride);
     std::fill(d_coeff.begin(), d_coeff.end(), vec<A>{});
     bool loaded = false;
     for (int64_t c = 0; c < splats.C; ++c) {
